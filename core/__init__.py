@@ -1,0 +1,1 @@
+"""Speculative decoding for models that generate images, speech, text about images and recommendations."""
