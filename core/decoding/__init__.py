@@ -1,1 +1,1 @@
-
+"""The loops: draft, score, verify, commit."""

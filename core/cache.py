@@ -1,0 +1,146 @@
+"""A key-value cache whose rows have lengths of their own.
+
+Row b's token at position i always sits in slot i of row b, whatever the other rows do. Keeping some drafted tokens and
+dropping the rest is therefore a change of one integer per row: nothing is copied, nothing is masked out, and the
+stale slots are overwritten by the next forward pass. Padding never enters the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from polyspec.errors import InputError, UnsupportedModelError
+
+GROWTH = 256  # slots added at least when a buffer is too small
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One attention layer's buffers, keys and values `[S, H, capacity, D]`."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, cache: RaggedCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        streams, heads = key_states.shape[:2]
+        shape = (streams, heads, self.cache.capacity)
+        # zeros, not empty: a masked slot still enters the product with the value matrix, and 0 * nan is nan
+        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
+        self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write `[S, H, T, D]` behind each row's kept tokens; return views over all slots in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        new = key_states.shape[-2]
+        end = self.cache.longest + new
+        if end > self.keys.shape[-2]:
+            self.keys, self.values = grow(self.keys, end), grow(self.values, end)
+        if self.cache.uniform:
+            self.keys[:, :, end - new : end] = key_states
+            self.values[:, :, end - new : end] = value_states
+        else:
+            rows, slots = self.cache.slots(new, key_states.device)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.cache.longest
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.longest + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def grow(buffer: Tensor, needed: int) -> Tensor:
+    """A copy of `buffer [S, H, C, D]` with room for at least `needed` slots."""
+    streams, heads, capacity, dim = buffer.shape
+    larger = buffer.new_zeros((streams, heads, max(needed, capacity + max(GROWTH, capacity // 2)), dim))
+    larger[:, :, :capacity] = buffer
+    return larger
+
+
+class RaggedCache(Cache):
+    """Drop-in `past_key_values` for any attention model, with one length per row.
+
+    `lengths[s]` is the number of tokens kept in row s, on the host. `capacity` (slots) is allocated at the first
+    forward and grows when it must, so give the final length if it is known.
+    """
+
+    def __init__(self, streams: int, capacity: int):
+        super().__init__(layers=[])
+        self.layer_class_to_replicate = lambda: RaggedLayer(self)  # type: ignore[assignment]
+        self.capacity = max(int(capacity), 1)
+        self._index: tuple[tuple[int, ...], int, Tensor, Tensor] | None = None
+        self.rollback([0] * streams)
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Keep the first `lengths[s]` tokens of each row. Also how tokens just written are accepted."""
+        self.lengths = list(lengths)
+        self.longest = max(self.lengths)
+        self.uniform = min(self.lengths) == self.longest
+
+    def slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row `[S, 1]` and slot `[S, new]` indices of the next `new` tokens; made once a forward, not once a layer."""
+        key = (tuple(self.lengths), new)
+        if self._index is None or self._index[:2] != key or self._index[2].device != device:
+            start = torch.tensor(self.lengths, device=device)[:, None]
+            rows = torch.arange(len(self.lengths), device=device)[:, None]
+            self._index = (*key, rows, start + torch.arange(new, device=device))
+        return self._index[2], self._index[3]
+
+    def keep_path(self, path: Tensor) -> None:
+        """Move the tree nodes `path [S, D]` (offsets from each row's length) to the D slots behind the kept tokens.
+
+        Call before `rollback`. Only D slots a row are copied; offsets beyond a row's accepted nodes may be arbitrary.
+        """
+        rows, target = self.slots(path.shape[1], path.device)
+        source = target[:, :1] + path
+        for layer in self.layers:
+            layer.keys[rows, :, target] = layer.keys[rows, :, source]
+            layer.values[rows, :, target] = layer.values[rows, :, source]
+
+    def select_rows(self, rows: Tensor, host_rows: Sequence[int]) -> None:
+        """Keep only the given rows (a copy of what stays)."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.rollback([self.lengths[r] for r in host_rows])
+
+    def adopt(self, other: Cache, slots: Tensor, lengths: Sequence[int]) -> None:
+        """Take over a filled transformers cache: row s's kept tokens are its slots `slots [S, P]`, first `lengths[s]`.
+
+        Raises UnsupportedModelError for layers that no longer hold every token (sliding windows, quantised, recurrent).
+        """
+        width = slots.shape[1]
+        for index, theirs in enumerate(other.layers):
+            keys = getattr(theirs, "keys", None)
+            if getattr(theirs, "is_sliding", False) or not isinstance(keys, Tensor) or keys.ndim != 4:
+                raise UnsupportedModelError(
+                    f"layer {index} of the given past_key_values ({type(theirs).__name__}) does not hold every past "
+                    "token, so drafted tokens could not be rolled back; leave past_key_values out"
+                )
+            if keys.shape[0] != slots.shape[0]:
+                raise InputError(f"past_key_values has {keys.shape[0]} rows, the prompt {slots.shape[0]}")
+            layer = RaggedLayer(self)
+            layer.lazy_initialization(keys, theirs.values)
+            if width > layer.keys.shape[-2]:
+                layer.keys, layer.values = grow(layer.keys, width), grow(layer.values, width)
+            index_k = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            index_v = slots[:, None, :, None].expand(-1, keys.shape[1], -1, theirs.values.shape[3])
+            layer.keys[:, :, :width] = keys.gather(2, index_k)
+            layer.values[:, :, :width] = theirs.values.gather(2, index_v)
+            self.layers.append(layer)
+        self.rollback(lengths)

@@ -1,0 +1,63 @@
+"""The loop for drafts that are one chain: draft, score, verify, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from polyspec.decoding.sequences import Sequences
+from polyspec.drafting.base import Context, Draft, Drafter
+from polyspec.verification import Verdict
+
+
+class Chain:
+    """Speculative decoding with a chain of drafts (2211.17192, Algorithm 1), for ragged batches.
+
+    verifier: an acceptance rule of polyspec.verification. How many tokens to draft is up to `context.length`.
+    """
+
+    def __init__(self, verifier: Callable[..., Verdict]):
+        self.verifier = verifier
+
+    def run(self, context: Context, drafter: Drafter) -> None:
+        """Generate until every row of `context.sequences` has stopped."""
+        target, sequences, stats = context.target, context.sequences, context.stats
+        context.length.begin(context)
+        while not sequences.finished:
+            count = min(context.length.next(), sequences.remaining - 1)
+            with stats.timed("draft"):
+                draft = drafter.propose(count) if count > 0 else no_draft(sequences)
+            with stats.timed("target"):
+                output = target.forward(torch.cat([sequences.tail(1), draft.tokens], dim=1))
+            with stats.timed("verify"):
+                scores = context.processing.scores(output.logits, sequences, draft.tokens)
+                positions = sequences.positions(draft.tokens.shape[1] + 1)
+                verdict = context.draws.verify(self.verifier, draft, scores, positions)
+                if target.lockstep:
+                    verdict = in_lockstep(verdict, draft.tokens, sequences.running_tensor)
+                gained = sequences.commit(draft.tokens, verdict, scores)
+                target.rollback(sequences.cached)
+            with stats.timed("draft"):
+                drafter.observe(output.hidden, verdict.accepted)
+            stats.record(draft.tokens.shape[1], gained)
+            context.length.observe(draft.tokens.shape[1], gained, stats)
+
+
+def no_draft(sequences: Sequences) -> Draft:
+    """A draft of zero tokens: the round is plain decoding."""
+    return Draft(sequences.tail(1)[:, :0])
+
+
+def in_lockstep(verdict: Verdict, drafted: Tensor, running: Tensor) -> Verdict:
+    """The same number of tokens for every running row: the fewest any of them accepted.
+
+    Exact: a row cut short after m tokens emits its accepted draft m as the next token, which is what a shorter draft
+    would have done, and where the cut falls depends on the other rows alone.
+    """
+    fewest = verdict.accepted.masked_fill(~running, drafted.shape[1]).min()
+    cut = verdict.accepted > fewest
+    at_cut = drafted.gather(1, fewest.clamp(max=max(drafted.shape[1] - 1, 0)).expand(len(cut), 1)) if drafted.shape[1] else drafted
+    next_token = torch.where(cut, at_cut[:, 0], verdict.next_token) if drafted.shape[1] else verdict.next_token
+    return Verdict(verdict.accepted.clamp(max=fewest), next_token)

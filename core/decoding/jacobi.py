@@ -1,0 +1,118 @@
+"""The loop for parallel decoding without a drafter: a window of tokens is refined in place, and its settled front is
+committed.
+
+Jacobi decoding (2305.10427), speculative Jacobi decoding (2410.01699), its coupled forms (2510.24211) and
+Gumbel-Jacobi differ in one thing, how a window token follows from its old value, its old distribution and its new
+distribution: that is the `rule`, a function of polyspec.verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from polyspec.drafting.base import Context, Drafter
+from polyspec.errors import ConfigError, unknown
+from polyspec.verification import Verdict
+
+
+class Initialisation(Protocol):
+    """Tokens for window positions that have not been scored yet."""
+
+    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+        """Tokens `[B, W]` for positions `context.sequences.lengths + offset` (`offset [B, W]`, from 0), all of them
+        computed though only new positions are used. guess `[B, W]` repeats each row's last window token."""
+        ...
+
+
+class RepeatLeft:
+    """The token to the left: on flat image regions, and where nothing better is known."""
+
+    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+        return guess
+
+
+class RandomTokens:
+    """Uniformly random tokens, as in the paper's first variant."""
+
+    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+        return torch.randint(0, context.target.vocab_size, guess.shape).to(guess.device)
+
+
+class RepeatAbove:
+    """The token one image row above, which is committed; the left neighbour in the first row."""
+
+    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+        if context.target.row_width is None:
+            raise ConfigError("init='above' needs a target whose tokens form image rows; use 'left' or 'random'")
+        s = context.sequences
+        above = s.length_tensor[:, None] + offset - context.target.row_width
+        known = (above >= s.prompt_length) & (above < s.length_tensor[:, None])
+        return torch.where(known, s.tokens.gather(1, above.clamp(0, s.limit)), guess)
+
+
+INITIALISATIONS: dict[str, type[Initialisation]] = {"left": RepeatLeft, "above": RepeatAbove, "random": RandomTokens}
+
+
+class Jacobi:
+    """Refine a window of W tokens until its front settles; W is `context.length`'s answer each round.
+
+    rule: `(x [B, W], q [B, W, V], p [B, W+1, V], …) -> (y [B, W+1], kept [B, W])`; row b commits y up to and including
+    its first token that was not kept. init: where new window positions start, an Initialisation or its name.
+    """
+
+    def __init__(self, rule: Callable[..., tuple[Tensor, Tensor]], init: Initialisation | str = "left"):
+        if isinstance(init, str):
+            if init not in INITIALISATIONS:
+                raise unknown("init", init, INITIALISATIONS)
+            init = INITIALISATIONS[init]()
+        self.rule = rule
+        self.init = init
+
+    def run(self, context: Context, drafter: Drafter) -> None:
+        """Generate until every row of `context.sequences` has stopped."""
+        target, sequences, stats, draws = context.target, context.sequences, context.stats, context.draws
+        if target.lockstep and sequences.batch > 1:
+            raise ConfigError(
+                f"{type(target.model).__name__} takes no position ids, so rows cannot advance independently; decode "
+                "one row at a time or use a chain recipe"
+            )
+        context.length.begin(context)
+        # The window as the last forward left it: y (its first column the last committed token), and how far to shift.
+        y, p, shift = sequences.tail(1), None, torch.zeros(sequences.batch, dtype=torch.long, device=sequences.device)
+        while not sequences.finished:
+            width = max(0, min(context.length.next(), sequences.remaining - 1))
+            with stats.timed("draft"):
+                x, q = self.slide(context, y, p, shift, width)
+            with stats.timed("target"):
+                output = target.forward(torch.cat([sequences.tail(1), x], dim=1))
+            with stats.timed("verify"):
+                scores = context.processing.scores(output.logits, sequences, x)
+                y, kept, p = draws.refine(self.rule, x, q, scores, sequences.positions(width + 1))
+                shift = kept.long().cumprod(1).sum(1)
+                gained = sequences.commit(x, Verdict(shift, y.gather(1, shift[:, None])[:, 0]), scores)
+                target.rollback(sequences.cached)
+            stats.record(width, gained)
+            context.length.observe(width, gained, stats)
+
+    def slide(
+        self, context: Context, y: Tensor, p: Tensor | None, shift: Tensor, width: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next window `x [B, width]` and the distributions `q [B, width, V]` it was drawn from (one-hot where new).
+
+        Row b's window moves on by `shift[b] + 1`: what was refined behind the commit point stays, with q := p.
+        """
+        offset = torch.arange(width, device=y.device).expand(len(y), -1)
+        source = offset + shift[:, None] + 1
+        last = y.shape[1] - 1
+        guess = y.gather(1, source.clamp(max=last))
+        fresh = source > last
+        x = torch.where(fresh, self.init(context, guess, offset), guess)
+        if p is None:
+            return x, None
+        q = p.gather(1, source.clamp(max=last)[..., None].expand(-1, -1, p.shape[-1]))
+        one_hot = fresh[..., None] & (torch.arange(p.shape[-1], device=y.device) == x[..., None])
+        return x, torch.where(fresh[..., None], one_hot.to(q.dtype), q)

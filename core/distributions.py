@@ -1,0 +1,201 @@
+"""From logits to what plain sampling would draw from: processors over drafted prefixes, and how tokens are drawn.
+
+`Processing` turns the logits of many drafted positions into scores (log-probabilities up to a constant) by the very
+logits processors `generate` prepared: in one batched call where they do not look at the history, prefix by prefix
+where they do. A `Draws` then picks tokens from scores, for drafter and target alike, and calls the acceptance rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from polyspec.errors import ConfigError
+from polyspec.verification import Verdict, greedy_match, gumbel_noise
+from polyspec.verification.sampling import sample
+
+if TYPE_CHECKING:
+    from polyspec.decoding.sequences import Sequences
+    from polyspec.drafting import Draft
+    from polyspec.trees import Tree
+
+# Processors whose result depends on the scores of the same position alone. A processor of your own joins them with an
+# attribute `history_free = True`; without it, it is called prefix by prefix.
+HISTORY_FREE: tuple[type, ...] = (
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.SuppressTokensLogitsProcessor,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+)
+
+
+def is_history_free(processor: LogitsProcessor) -> bool:
+    """Whether `processor` may be applied to all drafted positions at once."""
+    return getattr(processor, "history_free", type(processor) in HISTORY_FREE)
+
+
+class Processing:
+    """Applies a `LogitsProcessorList` over drafted prefixes, in order. Scores are float32."""
+
+    def __init__(self, processors: LogitsProcessorList | Sequence[LogitsProcessor] = ()):
+        self.processors = [(p, is_history_free(p)) for p in processors]
+        self.history_free = all(free for _, free in self.processors)
+
+    def scores(
+        self, logits: Tensor, sequences: Sequences, drafts: Tensor, tree: Tree | None = None, first: int = 0
+    ) -> Tensor:
+        """Processed scores `[B, T, V]` of logits `[B, T, V]`: column t follows each row's committed tokens and then
+        `drafts[:, :first + t]`; with a tree, node t's ancestors among the drafts."""
+        batch, width, vocab = logits.shape
+        scores = logits.to(torch.float32, copy=bool(self.processors))
+        for processor, free in self.processors:
+            if free:
+                # such a processor may check the batch size of the ids, but not read them
+                ids = drafts.new_zeros((batch * width, 1))
+                scores = processor(ids, scores.reshape(batch * width, vocab)).view(batch, width, vocab)  # type: ignore[arg-type]
+            else:
+                out = scores.clone()
+                for column in range(width):
+                    drafted = drafts[:, : first + column] if tree is None else drafts[:, tree.path_to(column)]
+                    for rows, prefix in sequences.prefixes(drafted):
+                        # the whole batch each time: a processor may know its rows by their index
+                        processed = processor(prefix, scores[:, column].clone())  # type: ignore[arg-type]
+                        out[rows, column] = processed[rows]
+                scores = out
+        return scores
+
+
+class Draws(Protocol):
+    """How tokens are drawn from scores, and so how drafts are checked."""
+
+    def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Tokens `[B, T]` from scores `[B, T, V]` at absolute positions `[B, T]`."""
+        ...
+
+    def draft_probs(self, scores: Tensor) -> Tensor | None:
+        """The distribution a drafter's `draw` came from, to hand to the rule; None if the draw was deterministic."""
+        ...
+
+    def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
+        """Check `draft` against target scores `[B, N+1, V]`."""
+        ...
+
+    def refine(
+        self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Refine a window `x [B, W]` drawn from q against scores `[B, W+1, V]`: new tokens `[B, W+1]`, kept `[B, W]`
+        and the distributions `[B, W+1, V]` the new tokens come from (None: they are certain)."""
+        ...
+
+
+class Greedy:
+    """Temperature 0: the highest score; the rule's greedy form checks drafts."""
+
+    def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return scores.argmax(-1)
+
+    def draft_probs(self, scores: Tensor) -> Tensor | None:
+        return None
+
+    def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
+        return greedy_form(rule)(draft.tokens, None, scores)
+
+    def refine(
+        self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y = scores.argmax(-1)
+        return y, y[:, :-1] == x, None
+
+
+class Independent:
+    """Fresh randomness for every draw, from one torch.Generator: drafts are checked by the recipe's rule.
+
+    seeds `[B]`: for rules that share Gumbel noise between rounds (SCD-GS)."""
+
+    def __init__(self, generator: torch.Generator, seeds: Tensor):
+        self.generator = generator
+        self.seeds = seeds
+
+    def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return sample(scores.softmax(-1), generator=self.generator)
+
+    def draft_probs(self, scores: Tensor) -> Tensor | None:
+        return scores.softmax(-1)
+
+    def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
+        return rule(draft.tokens, draft.probs, scores.softmax(-1), generator=self.generator)
+
+    def refine(
+        self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        p = scores.softmax(-1)
+        if q is None:
+            q = torch.zeros_like(p[:, :-1]).scatter_(-1, x[..., None], 1.0)
+
+        def noise() -> Tensor:
+            return gumbel_noise(self.seeds, positions, p.shape[-1])
+
+        y, kept = rule(x, q, p, generator=self.generator, noise=noise)
+        return y, kept, p
+
+
+class Coupled:
+    """Gumbel noise fixed by (row seed, position, token): drafter and target share it, and a draft is right if it is
+    what the target draws with the same noise. The output is the plain loop's, token for token."""
+
+    def __init__(self, seeds: Tensor):
+        self.seeds = seeds
+
+    def perturbed(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return scores + gumbel_noise(self.seeds, positions, scores.shape[-1])
+
+    def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return self.perturbed(scores, positions).argmax(-1)
+
+    def draft_probs(self, scores: Tensor) -> Tensor | None:
+        return None
+
+    def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
+        return greedy_match(draft.tokens, None, self.perturbed(scores, positions))
+
+    def refine(
+        self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y = self.draw(scores, positions)
+        return y, y[:, :-1] == x, None
+
+
+def greedy_form(rule: Callable[..., Verdict]) -> Callable[..., Verdict]:
+    """The rule that stands in for `rule` (or a partial of it) at temperature 0."""
+    return getattr(getattr(rule, "func", rule), "greedy", None) or greedy_match
+
+
+def row_seeds(seed: int | Sequence[int] | None, rows: int, device: torch.device) -> Tensor:
+    """One 63-bit seed a row: s gives s, s+1, …; a list is taken as it is; None asks torch's global generator."""
+    if seed is None:
+        return torch.randint(0, 2**62, (rows,)).to(device)
+    if isinstance(seed, int):
+        return torch.arange(rows, device=device) + seed
+    if len(seed) != rows:
+        raise ConfigError(f"seed has {len(seed)} entries for a batch of {rows} rows; give one a row or a single int")
+    return torch.tensor(list(seed), device=device)
+
+
+def fit_vocabulary(scores: Tensor, size: int) -> Tensor:
+    """Scores over a padded vocabulary `[..., V']` cut, or filled up with -inf, to the target's `size`."""
+    if scores.shape[-1] == size:
+        return scores
+    if scores.shape[-1] > size:
+        return scores[..., :size]
+    return torch.nn.functional.pad(scores, (0, size - scores.shape[-1]), value=float("-inf"))

@@ -1,0 +1,71 @@
+"""What a run did: counts, rates and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+@dataclass(slots=True)
+class DecodingStats:
+    """Counts and seconds of one run of a recipe. Times are wall-clock seconds; rates are per row.
+
+    new_tokens counts every row's committed tokens; target_calls counts forward passes of the target after the prompt's.
+    A row takes part in a call until it has finished: row_calls is the sum over calls of rows still running.
+    """
+
+    recipe: str = ""
+    guarantee: str = ""
+    new_tokens: int = 0
+    target_calls: int = 0
+    draft_calls: int = 0
+    row_calls: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    wall_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    target_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    accepted_by_position: list[int] = field(default_factory=list)
+    proposed_by_position: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Block efficiency: tokens a running row gains from one target call."""
+        return self.new_tokens / self.row_calls if self.row_calls else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafted tokens over proposed ones."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else 0.0
+
+    def record(self, proposed: int, gained: list[int]) -> None:
+        """Count a round: `proposed` drafted tokens a row, after which row b had `gained[b]` more (0: not running)."""
+        accepted = [g - 1 for g in gained if g > 0]
+        self.target_calls += 1
+        self.new_tokens += sum(gained)
+        self.row_calls += len(accepted)
+        self.proposed_tokens += proposed * len(accepted)
+        self.accepted_tokens += sum(accepted)
+        while len(self.proposed_by_position) < proposed:
+            self.proposed_by_position.append(0)
+            self.accepted_by_position.append(0)
+        for position in range(proposed):
+            # a position counts as tried only where everything before it was accepted
+            self.proposed_by_position[position] += sum(a >= position for a in accepted)
+            self.accepted_by_position[position] += sum(a > position for a in accepted)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to `<what>_seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, f"{what}_seconds", getattr(self, f"{what}_seconds") + time.perf_counter() - start)
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields and rates, JSON-ready."""
+        return {**asdict(self), "tokens_per_call": self.tokens_per_call, "acceptance_rate": self.acceptance_rate}

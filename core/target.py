@@ -1,0 +1,329 @@
+"""What a loop needs from a model: prefill, a forward pass over drafted tokens, and rollback.
+
+`Target` wraps any decoder-only transformers model, `EncoderDecoderTarget` an encoder-decoder one. A modality whose model
+embeds tokens or computes logits in its own way overrides `call`; no loop knows a model class.
+
+Between rounds every row has all its committed tokens but the last in the cache. The last one is fed together with the
+next drafts, so a round is one forward pass whatever was accepted, and the first round is no special case.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from polyspec.cache import RaggedCache
+from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from polyspec.trees import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One forward pass over T tokens: logits `[B, T, V]` after guidance, and the hidden states asked for.
+
+    `hidden` holds one tensor `[S, T, d]` per layer in `Target.hidden_layers`, S = B rows or 2B with guidance.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+def guide_log_probs(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance as transformers' text processor computes it, on log-probabilities (2306.17806)."""
+    conditional, unconditional = conditional.float().log_softmax(-1), unconditional.float().log_softmax(-1)
+    return scale * (conditional - unconditional) + unconditional
+
+
+def guide_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance as image models compute it, on raw logits (2207.12598)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Unconditional prompts `[B, P]` (None: each row's last prompt token) and how to combine the two streams' logits."""
+
+    scale: float
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    combine: Callable[[Tensor, Tensor, float], Tensor] = guide_log_probs
+
+
+class Target:
+    """A decoder-only transformers model with one cache row a stream (B rows, 2B with guidance).
+
+    Raises UnsupportedModelError for a model whose state cannot be rolled back or that runs without a cache.
+    """
+
+    row_width: int | None = None
+    """Tokens in an image row, for targets that draw images in raster order."""
+
+    def __init__(self, model: PreTrainedModel, guidance: Guidance | None = None, hidden_layers: Sequence[int] = ()):
+        check_rollback(model)
+        self.model = model
+        self.guidance = guidance
+        self.hidden_layers = tuple(hidden_layers)
+        self.config = model.config.get_text_config(decoder=True)
+        self.device = model.device
+        self.cache: RaggedCache | None = None
+        parameters = inspect.signature(model.forward).parameters
+        self.position_key = next((k for k in ("decoder_position_ids", "position_ids") if k in parameters), None)
+        # Without explicit positions a model counts them from the cache's length, which all rows then have to share.
+        self.lockstep = self.position_key is None
+        self.takes_logits_to_keep = "logits_to_keep" in parameters
+        self.float_mask = self.config._attn_implementation not in ("sdpa", "flex_attention")
+        if "flash" in str(self.config._attn_implementation):
+            raise UnsupportedModelError(
+                "flash attention takes no mask over drafted tokens; load the model with attn_implementation='sdpa'"
+            )
+        self.windows = attention_windows(self.config)
+        self.extra: dict[str, Any] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def cache_lengths(self) -> list[int]:
+        """Tokens kept in each stream's cache."""
+        assert self.cache is not None
+        return self.cache.lengths
+
+    # -- what a loop calls -------------------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        capacity: int,
+        past: Cache | None = None,
+        **extra: Any,
+    ) -> Output | None:
+        """Run the prompt `[B, P]` but for each row's last token, dropping padding (mask `[B, P]`, 1 = token).
+
+        capacity: slots to allocate (prompt + everything to come). past: a filled transformers cache to continue from,
+        holding the first of the prompt's tokens. extra: keyword arguments every forward pass gets. Returns the hidden
+        states of the prompt (row b: its first `lengths[b]` tokens), None if there was nothing to run.
+        """
+        self.rows = tokens.shape[0]
+        self.extra = {**self.extra, **extra}
+        if self.guidance is not None:
+            tokens, mask = self.with_unconditional(tokens, mask)
+        tokens, counts = pack_rows(tokens, mask)
+        kept = [c - 1 for c in counts]
+        self.streams = tokens.shape[0]
+        self.cache = RaggedCache(self.streams, capacity)
+        if past is not None and (held := int(past.get_seq_length())) > 0:
+            return self.continue_from(past, held, tokens, kept, mask)
+        if max(kept) == 0:
+            return None
+        output = self.run(tokens[:, : max(kept)], None, keep_logits=False)
+        self.cache.rollback(kept)
+        return output
+
+    def forward(self, tokens: Tensor, tree: Tree | None = None) -> Output:
+        """Score `[B, T]` tokens: each row's last committed one and its drafts. tree: how the T tokens hang together
+        (`parents [T]` or `[B, T]`, node 0 the committed token); None is a chain. Call `rollback` afterwards."""
+        streams = tokens if self.guidance is None else torch.cat([tokens, tokens])
+        return self.run(streams, tree, keep_logits=True)
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Keep the first `lengths[b]` tokens of each row: committed tokens but the last, padding not counted."""
+        assert self.cache is not None
+        if self.guidance is not None:
+            # an unconditional row has another prompt, and so another length, but the same generated tokens
+            grown = [new - old for new, old in zip(lengths, self.cache.lengths, strict=False)]
+            lengths = [*lengths, *(n + g for n, g in zip(self.cache.lengths[len(lengths) :], grown, strict=True))]
+        self.cache.rollback(lengths)
+
+    def keep_path(self, path: Tensor) -> None:
+        """After a tree forward: move nodes `path [B, D]` to follow the kept tokens; `rollback` then keeps a prefix."""
+        assert self.cache is not None
+        self.cache.keep_path(path if self.guidance is None else torch.cat([path, path]))
+
+    # -- how a model is called ---------------------------------------------------------------------------------------
+
+    def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
+        """One model call on `[S, T]` tokens: (logits `[S, T, V]` or None, all hidden states or None). For overriding."""
+        kwargs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "past_key_values": self.cache}
+        if self.position_key:
+            kwargs[self.position_key] = positions
+        if self.takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 0 if keep_logits else 1
+        out = self.model(
+            **kwargs, **self.extra, use_cache=True, output_hidden_states=bool(self.hidden_layers), return_dict=True
+        )
+        return out.logits if keep_logits else None, out.hidden_states
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, tree: Tree | None, keep_logits: bool) -> Output:
+        assert self.cache is not None
+        offsets, mask = self.layout(tokens.shape[1], tree, tokens.device)
+        logits, hidden = self.call(tokens, offsets, mask, keep_logits)
+        if logits is not None and self.guidance is not None:
+            logits = self.guidance.combine(logits[: self.rows], logits[self.rows :], self.guidance.scale)
+        chosen = tuple(hidden[i] for i in self.hidden_layers) if self.hidden_layers else ()
+        return Output(logits if logits is not None else tokens.new_empty(0), chosen)
+
+    def layout(self, new: int, tree: Tree | None, device: torch.device) -> tuple[Tensor, Any]:
+        """Positions `[S, T]` and attention mask(s) `[S or 1, 1, T, K]` of `new` tokens behind the kept ones."""
+        assert self.cache is not None
+        lengths = self.cache.lengths[:1] if self.cache.uniform else self.cache.lengths
+        kept = torch.tensor(lengths, device=device)[:, None]
+        depth = torch.arange(new, device=device)[None] if tree is None else tree.depth.to(device).view(-1, new)
+        relative = torch.arange(self.cache.longest + new, device=device)[None] - kept
+        if tree is None:
+            visible = relative[:, None, :] <= depth[:, :, None]
+            key_depth = relative
+        else:
+            ancestors = tree.ancestors.to(device).view(-1, new, new)
+            if ancestors.shape[0] not in (1, len(self.cache.lengths)):  # guidance: both streams hold the same tree
+                ancestors, depth = torch.cat([ancestors] * 2), torch.cat([depth] * 2)
+            size = max(ancestors.shape[0], relative.shape[0])
+            relative, index = relative.expand(size, -1), relative.clamp(0, new - 1).expand(size, -1)
+            among = ancestors.expand(size, -1, -1).gather(2, index[:, None, :].expand(-1, new, -1))
+            inside = ((relative >= 0) & (relative < new))[:, None, :]
+            visible = torch.where(inside, among, (relative < 0)[:, None, :])
+            depth = depth.expand(size, -1)
+            key_depth = torch.where(relative < 0, relative, depth.gather(1, index))
+        positions = (kept + depth).expand(len(self.cache.lengths), -1)
+        distance = depth[:, :, None] - key_depth[:, None, :]
+        masks = {
+            kind: self.finish_mask(visible if reach is None else visible & reach(distance, kept, depth, key_depth))
+            for kind, reach in self.windows.items()
+        }
+        return positions, masks if "" not in masks else masks[""]
+
+    def finish_mask(self, visible: Tensor) -> Tensor:
+        visible = visible[:, None]
+        if not self.float_mask:
+            return visible
+        dtype = self.model.dtype
+        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+
+    def with_unconditional(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional prompts as one left-padded batch `[2B, P']`."""
+        assert self.guidance is not None
+        mask = torch.ones_like(tokens) if mask is None else mask
+        other = tokens[:, -1:] if self.guidance.tokens is None else self.guidance.tokens.to(tokens.device)
+        other_mask = torch.ones_like(other) if self.guidance.mask is None else self.guidance.mask.to(tokens.device)
+        width = max(tokens.shape[1], other.shape[1])
+
+        def left_pad(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (width - x.shape[1], 0))
+
+        return (
+            torch.cat([left_pad(tokens), left_pad(other)]),
+            torch.cat([left_pad(mask), left_pad(other_mask.to(mask.dtype))]),
+        )
+
+    def continue_from(self, past: Cache, held: int, tokens: Tensor, kept: list[int], mask: Tensor | None) -> Output | None:
+        """Take over a filled cache, then run what it lacks of the packed prompt."""
+        assert self.cache is not None
+        if self.guidance is not None:
+            raise InputError("past_key_values cannot be continued under guidance: the unconditional stream has none")
+        in_past = torch.ones_like(tokens[:, :held]) if mask is None else mask[:, :held]
+        slots = in_past.long().argsort(dim=1, descending=True, stable=True)
+        have = [min(n, k) for n, k in zip(in_past.sum(1).tolist(), kept, strict=True)]
+        self.cache.adopt(past, slots, have)
+        missing = max(k - h for k, h in zip(kept, have, strict=True))
+        output = None
+        if missing > 0:
+            start = torch.tensor(have, device=tokens.device)[:, None]
+            columns = (start + torch.arange(missing, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
+            output = self.run(tokens.gather(1, columns), None, keep_logits=False)
+        self.cache.rollback(kept)
+        return output
+
+
+class EncoderDecoderTarget(Target):
+    """An encoder-decoder transformers model: the encoder has run, the decoder is what is accelerated."""
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Output | None:
+        if self.guidance is not None:
+            raise ConfigError("guidance_scale is not supported with an encoder-decoder model; leave it out")
+        self.cross = DynamicCache()
+        self.paired: EncoderDecoderCache | None = None
+        return super().prefill(tokens, mask, **kwargs)
+
+    def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
+        if self.paired is None:
+            assert self.cache is not None
+            self.paired = EncoderDecoderCache(self.cache, self.cross)
+        kwargs: dict[str, Any] = {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+        if self.position_key:
+            kwargs[self.position_key] = positions
+        out = self.model(
+            **kwargs,
+            **self.extra,
+            past_key_values=self.paired,
+            use_cache=True,
+            output_hidden_states=bool(self.hidden_layers),
+            return_dict=True,
+        )
+        return out.logits if keep_logits else None, out.decoder_hidden_states
+
+
+def check_rollback(model: PreTrainedModel) -> None:
+    """UnsupportedModelError if the model keeps a state that cannot forget a drafted token."""
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if getattr(model, "_is_stateful", False) or recurrent:
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state{f' ({sorted(recurrent)} layers)' if recurrent else ''} that cannot be "
+            "rolled back after a rejected draft; use recipe 'autoregressive' of transformers' own generate"
+        )
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise UnsupportedModelError(f"{name} does not take a transformers Cache, so drafts cannot be rolled back")
+
+
+def attention_windows(config: Any) -> dict[str, Callable[..., Tensor] | None]:
+    """What limits attention in each kind of layer, keyed as the model's forward expects its masks ("" = one mask)."""
+
+    def sliding(distance: Tensor, *_: Tensor) -> Tensor:
+        return distance < config.sliding_window
+
+    def chunked(distance: Tensor, kept: Tensor, depth: Tensor, key_depth: Tensor) -> Tensor:
+        size = config.attention_chunk_size
+        return ((kept + depth) // size)[:, :, None] == ((kept + key_depth) // size)[:, None, :]
+
+    known = {"full_attention": None, "sliding_attention": sliding, "chunked_attention": chunked}
+    if kinds := getattr(config, "layer_types", None):
+        return {kind: known[kind] for kind in dict.fromkeys(kinds)}
+    if getattr(config, "sliding_window", None) is not None:
+        return {"": sliding}
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return {"": chunked}
+    return {"": None}
+
+
+def pack_rows(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Move each row's real tokens to the front: (`[B, P]` tokens, how many are real in each row).
+
+    What follows them is never seen: it lies behind the causal mask and its slots are overwritten.
+    """
+    if mask is None:
+        return tokens, [tokens.shape[1]] * tokens.shape[0]
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    counts = mask.long().sum(1).tolist()
+    if min(counts) == 0:
+        raise InputError(f"row {counts.index(0)} of the batch has an empty prompt; give it at least one token")
+    return tokens.gather(1, order)[:, : max(counts)], counts
+
+
+def make_target(model: PreTrainedModel, guidance: Guidance | None = None, hidden_layers: Sequence[int] = ()) -> Target:
+    """The Target for a transformers model."""
+    kind = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
+    return kind(model, guidance, hidden_layers)

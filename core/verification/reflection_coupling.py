@@ -1,0 +1,53 @@
+"""Reflection coupling of two Gaussians with one covariance: speculative sampling for continuous tokens.
+
+De Bortoli et al., "Accelerated Diffusion Models via Speculative Sampling", arXiv 2501.05370, Algorithm 4.
+
+    x = μ_q + σ·z drawn by the draft;  Δ = (μ_q - μ_p) / σ,  e = Δ / |Δ|;
+    keep y = x with probability min(1, φ(z + Δ) / φ(z)), else y = μ_p + σ·(z - 2⟨e, z⟩e).
+
+Guarantee: exact, y ~ N(μ_p, σ²); P(y = x) = 2Φ(-|Δ|/2) = 1 - TV, the most any coupling reaches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyspec.errors import InputError
+from polyspec.verification.checks import check_generator
+from polyspec.verification.rule import rule
+
+
+@rule(guarantee="exact", paper="2501.05370")
+def reflection_coupling(
+    x: Tensor, mean_q: Tensor, mean_p: Tensor, std: float | Tensor, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, mean_q, mean_p [.., D]; std a float or broadcastable to x -> (y [.., D], kept [..] bool).
+
+    The last dimension is one vector. Where std is 0 the step is deterministic: y = mean_p, kept only if the means agree.
+    Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    if x.dim() == 0 or x.shape != mean_q.shape or x.shape != mean_p.shape:
+        raise InputError(
+            f"x, mean_q and mean_p must have one shape [.., D], not "
+            f"{list(x.shape)}, {list(mean_q.shape)}, {list(mean_p.shape)}"
+        )
+    if not x.dtype.is_floating_point:
+        raise InputError(f"x must be floating point, not {x.dtype}")
+    check_generator(generator, x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    std = torch.as_tensor(std, dtype=dtype, device=x.device)
+    noisy = std > 0
+    whiten = torch.where(noisy, 1 / std, 0)
+
+    z = (x - mean_q).to(dtype) * whiten
+    gap = (mean_q - mean_p).to(dtype)
+    delta = gap * whiten
+    log_ratio = -(delta * (z + delta / 2)).sum(-1)  # log φ(z + Δ) - log φ(z)
+    u = torch.rand(x.shape[:-1], generator=generator, device=x.device, dtype=dtype)
+    kept = (u.log() < log_ratio) & (noisy | (gap == 0)).all(-1)
+
+    square = delta.square().sum(-1, keepdim=True)
+    along = torch.where(square > 0, (delta * z).sum(-1, keepdim=True) / square, 0)
+    reflected = mean_p + (std * (z - 2 * along * delta)).to(x.dtype)
+    return torch.where(kept.unsqueeze(-1), x, reflected), kept

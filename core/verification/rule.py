@@ -1,0 +1,62 @@
+"""What every acceptance rule returns, and the label each of them carries.
+
+A rule is a pure function of tensors. `@rule` states what its output is guaranteed to be:
+
+* `exact`        the emitted tokens have the target's distribution;
+* `bounded`      a bound, given in the rule's docstring, holds for every drafted token;
+* `group-exact`  exact over groups of tokens;
+* `heuristic`    no guarantee: quality has to be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+from torch import Tensor
+
+GUARANTEES = ("exact", "bounded", "group-exact", "heuristic")
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Row b keeps its first `accepted[b]` drafted tokens and then emits `next_token[b]`.
+
+    For one-step rules over K candidates, `accepted[b]` is 1 + the index of the accepted candidate (0: none)
+    and `next_token[b]` is the emitted token itself, whether or not it was a candidate.
+    """
+
+    accepted: Tensor  # [B] long
+    next_token: Tensor  # [B] long
+
+
+class Rule(Protocol[Args, Result]):
+    """A rule with its label, its paper (arXiv id) and the rule that replaces it at temperature 0."""
+
+    __name__: str
+    guarantee: str
+    paper: str
+    greedy: Callable[..., Any]
+
+    def __call__(self, *args: Args.args, **kwargs: Args.kwargs) -> Result: ...
+
+
+def rule(
+    *, guarantee: str, paper: str, greedy: Callable[..., Any] | None = None
+) -> Callable[[Callable[Args, Result]], Rule[Args, Result]]:
+    """Label a function as an acceptance rule; `greedy=None` means that it is its own greedy rule."""
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee must be one of {GUARANTEES}, not {guarantee!r}")
+
+    def label(function: Callable[Args, Result]) -> Rule[Args, Result]:
+        labelled: Any = function
+        labelled.guarantee = guarantee
+        labelled.paper = paper
+        labelled.greedy = function if greedy is None else greedy
+        return cast("Rule[Args, Result]", labelled)
+
+    return label
