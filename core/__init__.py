@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from polyspec.api import CustomGenerate, custom_generate, pipeline
+    from polyspec.api import CustomGenerate, custom_generate
     from polyspec.metrics import DecodingStats
     from polyspec.outputs import Audio, Recommendation, Result
+    from polyspec.pipelines import pipeline
     from polyspec.recipes import Recipe, recipes
 
 # what needs torch and transformers is imported when it is first asked for
 _LAZY = {
     "CustomGenerate": "polyspec.api",
     "custom_generate": "polyspec.api",
-    "pipeline": "polyspec.api",
+    "pipeline": "polyspec.pipelines",
     "DecodingStats": "polyspec.metrics",
     "Audio": "polyspec.outputs",
     "Recommendation": "polyspec.outputs",

@@ -1,4 +1,4 @@
-"""The public API: `custom_generate` for any transformers model, `pipeline` for whole tasks."""
+"""`custom_generate`: a recipe inside `model.generate` of any transformers model."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def decode(
 class CustomGenerate:
     """A recipe as a `custom_generate` callable; made by `polyspec.custom_generate`."""
 
-    def __init__(self, recipe: str, *, seed: int | Sequence[int] | None, streamer: Any, overrides: dict[str, Any]):
-        self.method = build(find_recipe(recipe), overrides)
+    def __init__(self, method: Method, *, seed: int | Sequence[int] | None = None, streamer: Any = None):
+        self.method = method
         self.seed = seed
         self.streamer = streamer
-        self.stats = DecodingStats(recipe=recipe)
+        self.stats = DecodingStats(recipe=method.recipe.name, guarantee=method.recipe.guarantee)
 
     def __call__(
         self,
@@ -129,7 +129,7 @@ def custom_generate(
     streamer: a transformers streamer (generate() does not hand its own to a custom callable). `.stats` holds the
     DecodingStats of the last call. Raises ConfigError for an unknown recipe or knob, or a need that is missing.
     """
-    return CustomGenerate(recipe, seed=seed, streamer=streamer, overrides=overrides)
+    return CustomGenerate(build(find_recipe(recipe), overrides), seed=seed, streamer=streamer)
 
 
 def check_prompt(input_ids: Tensor, model: PreTrainedModel) -> None:

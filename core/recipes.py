@@ -40,7 +40,8 @@ class Recipe:
     @property
     def knobs(self) -> dict[str, Any]:
         """Knob names and defaults."""
-        return {str(k): v for k, v in self.config.items() if k not in STRUCTURE}
+        names = [str(k) for k in self.config if k not in STRUCTURE]
+        return {k: self.config[k] for k in names if not OmegaConf.is_interpolation(self.config, k)}
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def _yaml_files(group: str) -> Iterator[Traversable]:
 
 
 def _load(file: Traversable) -> DictConfig:
-    return DictConfig(OmegaConf.create(file.read_text(encoding="utf-8")))
+    return OmegaConf.create({"recipe": OmegaConf.create(file.read_text(encoding="utf-8"))}).recipe
 
 
 @cache
@@ -139,12 +140,10 @@ def build(recipe: Recipe, overrides: Mapping[str, Any]) -> Method:
     for need in recipe.needs:
         if objects.get(need) is None:
             raise ConfigError(f"recipe {recipe.name!r} needs {need}=…; {NEEDS.get(need, 'see its documentation')}")
-    config = recipe.config.copy()
     try:
-        # knobs may hold tensors (a codebook, groups): they go round the configuration, straight to the rule
+        root = OmegaConf.create({"recipe": recipe.config})
         for key, value in knobs.items():
-            config[key] = value
-        root = OmegaConf.create({"recipe": config})
+            root.recipe[key] = value
         plain = OmegaConf.to_container(root.recipe, resolve=True)
         assert isinstance(plain, dict)
         loop = instantiate(plain["loop"], _convert_="all")

@@ -50,14 +50,20 @@ def no_draft(sequences: Sequences) -> Draft:
     return Draft(sequences.tail(1)[:, :0])
 
 
+def fewest(accepted: Tensor, running: Tensor) -> Tensor:
+    """For every row `[B]`, the fewest tokens that any running row accepted."""
+    return accepted.masked_fill(~running, torch.iinfo(accepted.dtype).max).min().expand_as(accepted)
+
+
 def in_lockstep(verdict: Verdict, drafted: Tensor, running: Tensor) -> Verdict:
     """The same number of tokens for every running row: the fewest any of them accepted.
 
     Exact: a row cut short after m tokens emits its accepted draft m as the next token, which is what a shorter draft
     would have done, and where the cut falls depends on the other rows alone.
     """
-    fewest = verdict.accepted.masked_fill(~running, drafted.shape[1]).min()
-    cut = verdict.accepted > fewest
-    at_cut = drafted.gather(1, fewest.clamp(max=max(drafted.shape[1] - 1, 0)).expand(len(cut), 1)) if drafted.shape[1] else drafted
-    next_token = torch.where(cut, at_cut[:, 0], verdict.next_token) if drafted.shape[1] else verdict.next_token
-    return Verdict(verdict.accepted.clamp(max=fewest), next_token)
+    if drafted.shape[1] == 0:
+        return verdict
+    cut = fewest(verdict.accepted, running)
+    at_cut = drafted.gather(1, cut.clamp(max=drafted.shape[1] - 1)[:, None])[:, 0]
+    next_token = torch.where(verdict.accepted > cut, at_cut, verdict.next_token)
+    return Verdict(torch.minimum(verdict.accepted, cut), next_token)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from polyspec.decoding.chain import fewest
 from polyspec.drafting.base import Context, Drafter
 from polyspec.errors import ConfigError, unknown
 from polyspec.verification import Verdict
@@ -75,11 +76,6 @@ class Jacobi:
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""
         target, sequences, stats, draws = context.target, context.sequences, context.stats, context.draws
-        if target.lockstep and sequences.batch > 1:
-            raise ConfigError(
-                f"{type(target.model).__name__} takes no position ids, so rows cannot advance independently; decode "
-                "one row at a time or use a chain recipe"
-            )
         context.length.begin(context)
         # The window as the last forward left it: y (its first column the last committed token), and how far to shift.
         y, p, shift = sequences.tail(1), None, torch.zeros(sequences.batch, dtype=torch.long, device=sequences.device)
@@ -93,6 +89,8 @@ class Jacobi:
                 scores = context.processing.scores(output.logits, sequences, x)
                 y, kept, p = draws.refine(self.rule, x, q, scores, sequences.positions(width + 1))
                 shift = kept.long().cumprod(1).sum(1)
+                if target.lockstep:  # what a row settled beyond the common cut stays in its window, with q := p
+                    shift = fewest(shift, sequences.running_tensor)
                 gained = sequences.commit(x, Verdict(shift, y.gather(1, shift[:, None])[:, 0]), scores)
                 target.rollback(sequences.cached)
             stats.record(width, gained)
@@ -111,6 +109,8 @@ class Jacobi:
         guess = y.gather(1, source.clamp(max=last))
         fresh = source > last
         x = torch.where(fresh, self.init(context, guess, offset), guess)
+        # a prompt's last token need not be one that can be drawn (an image model's begin-of-image, say)
+        x = x.clamp(max=context.target.vocab_size - 1)
         if p is None:
             return x, None
         q = p.gather(1, source.clamp(max=last)[..., None].expand(-1, -1, p.shape[-1]))

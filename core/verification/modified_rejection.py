@@ -14,9 +14,11 @@ from torch import Tensor
 
 from polyspec.errors import InputError
 from polyspec.verification.checks import check_generator, check_ids, check_scores
+from polyspec.verification.rule import rule
 from polyspec.verification.sampling import at_tokens, sample, uniform
 
 
+@rule(guarantee="exact", paper="2211.17192")
 def modified_rejection(
     x: Tensor, q: Tensor, p: Tensor, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""The command `polyspec`: Hydra composes the configuration, `conf/task/*.yaml` says which function runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig
+
+from polyspec.errors import PolyspecError, unknown
+from polyspec.recipes import configuration_packages
+
+
+@hydra.main(version_base="1.3", config_path="pkg://polyspec.conf", config_name="config")
+def run(config: DictConfig) -> None:
+    """Run the chosen task on the composed configuration."""
+    try:
+        hydra.utils.instantiate(config.task.run)(config)
+    except PolyspecError as error:
+        fail(str(error))
+
+
+def main() -> None:
+    """Entry point. Bad input ends in one line on stderr and exit status 2."""
+    plugins = [f"pkg://{p}" for p in configuration_packages()[1:]]
+    if plugins:
+        sys.argv.append(f"hydra.searchpath=[{','.join(plugins)}]")
+    # errors reach us whole: hydra's own handler prints a traceback and exits
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        run()
+    except MissingConfigException as error:
+        name = (error.missing_cfg_file or "").removesuffix(".yaml")
+        group, _, option = name.rpartition("/")
+        fail(str(unknown(group or "configuration", option, error.options or ())))
+    except ConfigCompositionException as error:
+        missing = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
+        fail(str(unknown("setting", missing[1] or missing[2], settings())) if missing else first_line(error))
+    except HydraException as error:
+        fail(first_line(error))
+    except KeyboardInterrupt:
+        fail("interrupted")
+
+
+def settings() -> list[str]:
+    """What can be set on the command line: the root configuration's keys and the groups."""
+    from importlib.resources import files
+
+    from omegaconf import OmegaConf
+
+    root = OmegaConf.create((files("polyspec.conf") / "config.yaml").read_text(encoding="utf-8"))
+    assert isinstance(root, DictConfig)
+    nested = [f"sampling.{k}" for k in root.sampling]
+    return [*(str(k) for k in root if k not in ("defaults", "hydra")), *nested, "task", "modality", "recipe"]
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def fail(message: str) -> None:
+    """Say what is wrong and leave with status 2."""
+    print(f"polyspec: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

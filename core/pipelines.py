@@ -1,0 +1,129 @@
+"""What every modality's pipeline shares: its recipe, its knobs, loading a checkpoint, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import LogitsProcessor
+from transformers.generation import logits_process as hf
+
+from polyspec.errors import CheckpointError, ConfigError, unknown
+from polyspec.outputs import Result
+from polyspec.recipes import Method, Recipe, build, find_recipe, recipes
+
+
+class Pipeline(Protocol):
+    """A modality's `Pipeline` class: built from these arguments, called with a prompt."""
+
+    method: Method
+    """The recipe in use."""
+
+    def __init__(
+        self,
+        *,
+        target: Any = None,
+        recipe: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ): ...
+
+    def __call__(self, *args: Any, seed: int | Sequence[int] | None = None, **kwargs: Any) -> Result: ...
+
+
+def pipeline(modality: str, **kwargs: Any) -> Any:
+    """The pipeline of `modality`: "text", "image", or one a plugin brings.
+
+    target: a folder, hub id or loaded model; by default the modality's sample. recipe: a name out of
+    `recipes(modality)`; by default the modality's best exact one. overrides: knobs of the recipe and what it needs.
+    device, dtype: by default what the machine and the checkpoint suggest.
+    Raises ConfigError for unknown names, CheckpointError for a target that cannot be loaded.
+    """
+    found = {e.name: e for e in entry_points(group="polyspec.modalities")}
+    if modality not in found:
+        raise unknown("modality", modality, found)
+    module = found[modality].value.partition(":")[0]
+    from importlib import import_module
+
+    return import_module(f"{module}.pipeline").Pipeline(**kwargs)
+
+
+def choose(modality: str, recipe: str | None, default: str, overrides: Mapping[str, Any] | None) -> Method:
+    """Build the recipe asked for; ConfigError if it does not apply to `modality`."""
+    chosen: Recipe = find_recipe(recipe or default)
+    if modality not in chosen.modalities:
+        raise ConfigError(
+            f"recipe {chosen.name!r} is not for modality {modality!r} (it is for {', '.join(chosen.modalities)}); "
+            f"choose one of: {', '.join(r.name for r in recipes(modality))}"
+        )
+    return build(chosen, overrides or {})
+
+
+def default_device() -> str:
+    """cuda or mps if the machine has it, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 where the processor has instructions for it, else float32."""
+    if torch.device(device).type == "cpu":
+        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if capable else torch.float32
+    return torch.bfloat16
+
+
+def as_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> torch.dtype:
+    """A torch dtype from its name; ConfigError if there is none of that name."""
+    if dtype is None:
+        return default_dtype(device)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    names = ("float32", "bfloat16", "float16")
+    if dtype not in names:
+        raise unknown("dtype", str(dtype), names)
+    return getattr(torch, dtype)
+
+
+def load(loader: Callable[..., Any], source: str | Path, **kwargs: Any) -> Any:
+    """`loader(source, **kwargs)`, a `from_pretrained`; whatever goes wrong becomes one CheckpointError."""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise CheckpointError(f"{source} holds no config.json; give the folder that save_pretrained wrote")
+    try:
+        return loader(source, **kwargs)
+    except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load {source}: {reason}") from error
+
+
+def processors(
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> list[LogitsProcessor]:
+    """The sampling knobs of `generate` as transformers' processors, in its order. ConfigError outside their ranges."""
+    chosen: list[LogitsProcessor] = []
+    if temperature is not None and not temperature > 0:
+        raise ConfigError(f"temperature must be > 0, got {temperature}; for the most likely tokens use do_sample=False")
+    if top_k is not None and top_k < 0:
+        raise ConfigError(f"top_k must be ≥ 1, or 0 for all tokens, got {top_k}")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{name} must lie in [0, 1], got {value}")
+    if temperature not in (None, 1.0):
+        chosen.append(hf.TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        chosen.append(hf.TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        chosen.append(hf.TopPLogitsWarper(top_p))
+    if min_p:
+        chosen.append(hf.MinPLogitsWarper(min_p))
+    return chosen

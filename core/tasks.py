@@ -1,0 +1,171 @@
+"""What the command line's tasks do."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from polyspec.errors import ConfigError, InputError, unknown
+from polyspec.outputs import Result
+from polyspec.pipelines import pipeline
+from polyspec.recipes import find_recipe
+
+
+def generate(config: DictConfig) -> None:
+    """Make what the prompt asks for, write it, print one table."""
+    prompts = as_list(config.prompt)
+    console = Console()
+    check_output(config.output)
+    pipe = make_pipeline(config, config.recipe.name if config.get("recipe") else None)
+    arguments = {
+        **OmegaConf.to_container(config.modality.get("arguments", {})),  # type: ignore[dict-item]
+        **{k: v for k, v in config.sampling.items() if v is not None},
+        "seed": config.seed,
+    }
+    plain = None
+    if config.compare:
+        baseline = make_pipeline(config, "autoregressive")
+        baseline(prompts, **arguments)  # both sides start warm
+        plain = with_progress(console, "plain", baseline, prompts, arguments)
+        pipe(prompts, **arguments)
+    result = with_progress(console, pipe.method.recipe.name, pipe, prompts, arguments)
+    paths = write_outputs(result.outputs, config.output, prompts[0], plain)
+    console.print(summary(result, plain))
+    for text in (o for o in result.outputs if isinstance(o, str)):
+        console.print(text, markup=False)
+    for path in paths:
+        console.print(f"wrote {path}", markup=False, highlight=False)
+
+
+def train(config: DictConfig) -> None:
+    """Train what the `train` group describes, with the modality's `train` module or the core's for draft heads."""
+    if "train" not in config:
+        raise ConfigError("say what to train, e.g. train=image for the image sample or train=eagle for draft heads")
+    module, _, function = str(config.train.entry).partition(":")
+    getattr(import_module(module), function)(config.train)
+
+
+def make_pipeline(config: DictConfig, recipe: str | None) -> Any:
+    """The configured modality's pipeline with `recipe`, its knobs as configured if it is the configured recipe."""
+    overrides = {}
+    if recipe is not None and config.get("recipe") and recipe == config.recipe.name:
+        known = find_recipe(recipe)
+        given = OmegaConf.to_container(config.recipe, resolve=False)
+        assert isinstance(given, dict)
+        overrides = {k: v for k, v in given.items() if k in known.needs or known.knobs.get(str(k), v) != v}
+    name = config.modality.name
+    if name not in {e.name for e in entry_points(group="polyspec.modalities")}:
+        raise unknown("modality", name, {e.name for e in entry_points(group="polyspec.modalities")})
+    return pipeline(
+        name, target=config.target, recipe=recipe, overrides=overrides, device=config.device, dtype=config.dtype
+    )
+
+
+def as_list(prompt: Any) -> list[str]:
+    """Prompts as a list; InputError if there is none."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if not prompts:
+        raise InputError('no prompt; say what to make, e.g. prompt="red heart"')
+    return [str(p) for p in prompts]
+
+
+def with_progress(console: Console, label: str, pipe: Any, prompts: list[str], arguments: dict[str, Any]) -> Result:
+    """Run a pipeline under a progress bar over token positions."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        job = bar.add_task(label, total=None)
+        return pipe(prompts, progress=lambda n: bar.advance(job, n), **arguments)
+
+
+def summary(result: Result, plain: Result | None = None) -> Table:
+    """One table: what was made, how many target calls it took, how long, and how much sooner than plainly."""
+    table = Table(show_header=True)
+    rows = [("plain", plain)] if plain else []
+    for column in ("recipe", "guarantee", "tokens", "target calls", "tokens per call", "seconds", "speed-up"):
+        table.add_column(column, justify="left" if column in ("recipe", "guarantee") else "right")
+    for name, r in [*rows, (result.stats.recipe, result)]:
+        s = r.stats
+        gain = f"{plain.stats.wall_seconds / s.wall_seconds:.2f}×" if plain else "-"
+        table.add_row(
+            name, s.guarantee, str(s.new_tokens), str(s.target_calls), f"{s.tokens_per_call:.2f}", f"{s.wall_seconds:.2f}", gain
+        )
+    return table
+
+
+def check_output(output: str | None) -> None:
+    """Refuse a place that cannot be written before any work starts."""
+    folder = Path(output).parent if output else Path()
+    if not folder.is_dir():
+        raise InputError(f"cannot write {output}: there is no folder {folder}; create it or choose another output=")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder.resolve()}; choose another output=")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, renamed when the block succeeds: no half-written file is left."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~current_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_outputs(outputs: Sequence[Any], output: str | None, prompt: str, plain: Result | None) -> list[Path]:
+    """Write what can be written (pictures; several also as a contact sheet). Returns the paths."""
+    from PIL import Image
+
+    pictures = [o for o in outputs if isinstance(o, Image.Image)]
+    if not pictures:
+        return []
+    stem = Path(output) if output else Path(re.sub(r"[^\w-]+", "-", prompt.lower()).strip("-")[:60] + ".png")
+    names = [stem] if len(pictures) == 1 else [stem.with_stem(f"{stem.stem}-{i}") for i in range(len(pictures))]
+    save: list[tuple[Path, Any]] = list(zip(names, pictures, strict=True))
+    if plain is not None or len(pictures) > 1:
+        from polyspec.modalities.image.evaluate import contact_sheet
+
+        if plain is not None:
+            both = [p for pair in zip(plain.outputs, pictures, strict=True) for p in pair]
+            labels = [f"{n} {s:.1f} s" for _ in pictures for n, s in (("plain", plain.stats.wall_seconds), ("fast", 0))]
+            save.append((stem.with_stem(f"{stem.stem}-compare"), contact_sheet(both, labels)))
+        if len(pictures) > 1:
+            save.append((stem, contact_sheet(pictures, [str(i) for i in range(len(pictures))])))
+    for path, picture in save:
+        try:
+            with whole_file(path) as temporary:
+                picture.save(temporary)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"cannot write {path}: {error}; use a file name that ends in .png") from error
+    return [path for path, _ in save]
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of a call."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result

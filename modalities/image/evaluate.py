@@ -1,0 +1,46 @@
+"""Measures of the image sample: reconstruction quality of its tokenizer, and contact sheets to look at."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+
+def psnr(reference: Tensor, image: Tensor) -> float:
+    """Mean peak signal-to-noise ratio over a batch, in dB; both [B,3,H,W] in [-1, 1], and `image` is clamped to it."""
+    error = (image.float().clamp(-1, 1) - reference.float()).square().mean(dim=(1, 2, 3)) / 4.0
+    return (-10.0 * error.clamp(min=1e-10).log10()).mean().item()
+
+
+def draw_plainly(
+    model: JanusForConditionalGeneration, processor: JanusProcessor, prompts: Sequence[str], seed: int = 0, **knobs: Any
+) -> list[Image.Image]:
+    """Draw one picture a prompt with the model's own `generate` and its own defaults; `knobs` are passed to it."""
+    inputs = processor(text=list(prompts), generation_mode="image", return_tensors="pt", padding=True)
+    torch.manual_seed(seed)
+    tokens = model.generate(**inputs.to(model.device), generation_mode="image", **knobs)
+    # decode_image_tokens gives [B,H,W,C], but the PIL-based image processor takes only channels first
+    pixels = model.decode_image_tokens(tokens).permute(0, 3, 1, 2).float().cpu()
+    return processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str], columns: int = 8, scale: int = 2, gap: int = 8
+) -> Image.Image:
+    """One picture with all `images` (of one size) in rows of `columns`, enlarged `scale` times, each over its label."""
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    width, height = (side * scale for side in images[0].size)
+    cell_width, cell_height = width + gap, height + gap + 14
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = gap + k % columns * cell_width, gap + k // columns * cell_height
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + height), label[: width // 6], fill="black")
+    return sheet

@@ -1,0 +1,126 @@
+"""Text to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, JanusForConditionalGeneration, PreTrainedModel
+
+from polyspec import pipelines
+from polyspec.api import decode, make_draws
+from polyspec.decoding.sequences import Sequences
+from polyspec.distributions import Processing
+from polyspec.errors import ConfigError, InputError
+from polyspec.modalities.image.sample import sample_path
+from polyspec.modalities.image.target import make_image_target
+from polyspec.outputs import Result
+
+DEFAULT_RECIPE = "scd_gs"
+
+
+class Pipeline:
+    """Draws pictures with an autoregressive image model. See `polyspec.pipeline` for the arguments.
+
+    target: a folder or hub id, or a (model, processor) pair.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Any = None,
+        recipe: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ):
+        self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, overrides)
+        if isinstance(target, tuple):
+            self.model, self.processor = target
+        else:
+            source = sample_path() if target is None else target
+            device = device or pipelines.default_device()
+            self.processor = pipelines.load(AutoProcessor.from_pretrained, source)
+            self.model = load_model(source, pipelines.as_dtype(dtype, device)).to(device).eval()
+        make_image_target(self.model, 1.0)  # a model that cannot draw is refused before any prompt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Result:
+        """Draw `images_per_prompt` pictures of each prompt; `outputs` holds PIL images, prompt by prompt.
+
+        Sampling knobs left out are the checkpoint's (`generation_config.json`). guidance_scale 1 means no guidance.
+        progress: called with the number of new token positions.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise InputError("the prompt is empty; say what to draw")
+        if images_per_prompt < 1:
+            raise ConfigError(f"images_per_prompt must be ≥ 1, got {images_per_prompt}")
+        knobs = self.settings(
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale
+        )
+        inputs = self.processor(text=prompts, generation_mode="image", padding=True, return_tensors="pt")
+        ids = inputs["input_ids"].to(self.model.device).repeat_interleave(images_per_prompt, 0)
+        mask = inputs["attention_mask"].to(self.model.device).repeat_interleave(images_per_prompt, 0)
+        target = make_image_target(self.model, knobs.pop("guidance_scale"))
+        context = target.config.max_position_embeddings
+        if ids.shape[1] + target.image_tokens > context:
+            raise InputError(
+                f"a prompt of {ids.shape[1]} tokens and {target.image_tokens} image tokens exceed the model's context "
+                f"of {context}; shorten the prompt"
+            )
+        emit = None if progress is None else lambda _: progress(1)
+        sequences = Sequences(ids, target.image_tokens, mask=mask, emit=emit)
+        sampling = knobs.pop("do_sample")
+        processing = Processing(pipelines.processors(**knobs) if sampling else [])
+        draws = make_draws(self.method, sampling, seed, len(ids), ids.device)
+        stats = decode(self.method, target, sequences, processing, draws, {})
+        tokens = sequences.result()[:, -target.image_tokens :]
+        return Result(to_images(target.decode(tokens)), stats)
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """Sampling knobs: what the caller gave, else what the checkpoint's generation config says."""
+        config = self.model.generation_config
+        chosen = {k: getattr(config, k, None) if v is None else v for k, v in given.items()}
+        chosen["guidance_scale"] = float(chosen["guidance_scale"] or 1.0)
+        if chosen["guidance_scale"] < 1:
+            raise ConfigError(f"guidance_scale must be ≥ 1, got {chosen['guidance_scale']}")
+        if chosen["guidance_scale"] < 1.001:  # a checkpoint may carry a number that is 1 but for transformers' check
+            chosen["guidance_scale"] = 1.0
+        chosen["do_sample"] = bool(chosen["do_sample"])
+        return chosen
+
+
+def load_model(source: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """An image model from a folder or the hub; CheckpointError if it is none."""
+    from transformers import AutoConfig
+
+    from polyspec.errors import CheckpointError
+    from polyspec.modalities.image.target import ADAPTERS
+
+    kind = pipelines.load(AutoConfig.from_pretrained, source).model_type
+    if kind not in ADAPTERS:
+        raise CheckpointError(
+            f"{source} is a {kind!r} model, which has no head for image tokens; supported: {', '.join(ADAPTERS)}"
+        )
+    return pipelines.load(JanusForConditionalGeneration.from_pretrained, source, dtype=dtype)
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Pixels `[B, H, W, 3]` in [-1, 1] to PIL images."""
+    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return [Image.fromarray(b) for b in bytes_]
