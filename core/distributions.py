@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from polyspec.errors import ConfigError
-from polyspec.verification import Verdict, greedy_match, gumbel_noise
+from polyspec.verification import Verdict, greedy_match, gumbel_noise, walk_deterministic
 from polyspec.verification.sampling import sample
 
 if TYPE_CHECKING:
@@ -98,6 +98,13 @@ class Draws(Protocol):
         and the distributions `[B, W+1, V]` the new tokens come from (None: they are certain)."""
         ...
 
+    def walk(
+        self, rule: Callable[..., tuple[Tensor, Tensor, Tensor]], draft: Draft, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Walk the tree of `draft` by scores `[B, M+1, V]` at absolute positions `[B, M+1]`: nodes on the path
+        `[B, depth]` padded with -1, how many `[B]`, and the token that follows them `[B]`."""
+        ...
+
 
 class Greedy:
     """Temperature 0: the highest score; the rule's greedy form checks drafts."""
@@ -116,6 +123,11 @@ class Greedy:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         y = scores.argmax(-1)
         return y, y[:, :-1] == x, None
+
+    def walk(
+        self, rule: Callable[..., tuple[Tensor, Tensor, Tensor]], draft: Draft, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return follow(draft, self.draw(scores, positions))
 
 
 class Independent:
@@ -149,6 +161,15 @@ class Independent:
         y, kept = rule(x, q, p, generator=self.generator, noise=noise)
         return y, kept, p
 
+    def walk(
+        self, rule: Callable[..., tuple[Tensor, Tensor, Tensor]], draft: Draft, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if draft.probs is None:
+            return follow(draft, self.draw(scores, positions))
+        assert draft.tree is not None
+        tree, p = draft.tree, scores.softmax(-1)
+        return rule(draft.tokens, tree.parents, draft.probs, p, depth=tree.height, generator=self.generator)
+
 
 class Coupled:
     """Gumbel noise fixed by (row seed, position, token): drafter and target share it, and a draft is right if it is
@@ -174,6 +195,17 @@ class Coupled:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         y = self.draw(scores, positions)
         return y, y[:, :-1] == x, None
+
+    def walk(
+        self, rule: Callable[..., tuple[Tensor, Tensor, Tensor]], draft: Draft, scores: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return follow(draft, self.draw(scores, positions))
+
+
+def follow(draft: Draft, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk a tree by what the target drew `[B, M+1]` after the committed token and after each node."""
+    assert draft.tree is not None
+    return walk_deterministic(draft.tokens, draft.tree.parents, drawn, depth=draft.tree.height)
 
 
 def greedy_form(rule: Callable[..., Verdict]) -> Callable[..., Verdict]:

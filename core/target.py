@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from polyspec.attention import grouped
 from polyspec.cache import RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
 
@@ -169,7 +170,8 @@ class Target:
     def run(self, tokens: Tensor, tree: Tree | None, keep_logits: bool) -> Output:
         assert self.cache is not None
         offsets, mask = self.layout(tokens.shape[1], tree, tokens.device)
-        logits, hidden = self.call(tokens, offsets, mask, keep_logits)
+        with grouped(self.config):
+            logits, hidden = self.call(tokens, offsets, mask, keep_logits)
         if logits is not None and self.guidance is not None:
             logits = self.guidance.combine(logits[: self.rows], logits[self.rows :], self.guidance.scale)
         chosen = tuple(hidden[i] for i in self.hidden_layers) if self.hidden_layers else ()

@@ -6,30 +6,57 @@ Speculative Sampling, 2302.01318. Same tokenizer as the target; the vocabularies
 
 from __future__ import annotations
 
+from functools import cache
+from os import PathLike
+from typing import Any
+
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from polyspec.distributions import fit_vocabulary
 from polyspec.drafting.base import Context, Draft
-from polyspec.errors import InputError
+from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.target import make_target
 
 PADDING = 1024  # vocabularies of siblings differ by padding; a larger difference means another tokenizer
 
 
-class DraftModel:
-    """Drafts token by token with `model`, through the same processors and draws as the target.
+@cache
+def load_draft_model(source: str) -> PreTrainedModel:
+    """The model in a folder or on the hub, in the precision it was saved in; CheckpointError if it cannot be loaded."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+        architecture = (getattr(config, "architectures", None) or [""])[0]
+        kind = getattr(transformers, architecture, AutoModelForCausalLM)
+        return kind.from_pretrained(source, dtype="auto").eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"draft_model={source!r} cannot be loaded ({str(error).splitlines()[0]}); give the folder that "
+            "save_pretrained wrote, complete, or a hub id"
+        ) from error
 
-    model: any decoder-only transformers model with the target's tokenizer, on any device, in any dtype.
-    Raises InputError if the vocabularies differ by more than padding.
+
+class DraftModel:
+    """Drafts token by token with `draft_model`, through the same processors and draws as the target.
+
+    draft_model: any transformers model with the target's tokenizer, on any device, in any dtype; or a folder or hub id,
+    loaded once, onto the target's device. An encoder-decoder model shares the target's encoder outputs.
+    Raises CheckpointError if it cannot be loaded, InputError if the vocabularies differ by more than padding.
     """
 
     hidden_layers: tuple[int, ...] = ()
 
-    def __init__(self, draft_model: PreTrainedModel):
-        self.model = draft_model
-        self.draft_target = make_target(draft_model)
+    def __init__(self, draft_model: PreTrainedModel | str | PathLike[str]):
+        self.loaded = isinstance(draft_model, str | PathLike)
+        self.model = load_draft_model(str(draft_model)) if isinstance(draft_model, str | PathLike) else draft_model
+        if not isinstance(self.model, PreTrainedModel):
+            raise ConfigError(
+                f"draft_model must be a transformers model or the folder of one, got {type(draft_model).__name__}"
+            )
+        self.draft_target = make_target(self.model)
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         ours, theirs = self.draft_target.vocab_size, context.target.vocab_size
@@ -39,13 +66,28 @@ class DraftModel:
                 "tokenizer; choose a draft model of the target's family"
             )
         self.context, self.vocab_size, self.own_vocab_size = context, theirs, ours
+        if self.loaded:
+            self.model.to(context.target.device)  # type: ignore[arg-type]
         self.draft_target = make_target(self.model, context.target.guidance)
         s = context.sequences
         prompt = s.tokens[:, : s.prompt_length]
         mask = (torch.arange(s.prompt_length, device=s.device) >= s.pad_tensor[:, None]).long()
         self.draft_target.prefill(
-            self.to_own(prompt), mask.to(self.draft_target.device), capacity=s.limit + 32
+            self.to_own(prompt), mask.to(self.draft_target.device), capacity=s.limit + 32, **self.encoded()
         )
+
+    def encoded(self) -> dict[str, Any]:
+        """What an encoder-decoder model attends to: the target's encoder outputs, as it has none of its own."""
+        if not self.model.config.is_encoder_decoder:
+            return {}
+        shared = {k: v for k, v in self.context.target.extra.items() if k in ("encoder_outputs", "attention_mask")}
+        width = self.model.config.hidden_size
+        if "encoder_outputs" not in shared or shared["encoder_outputs"][0].shape[-1] != width:
+            raise InputError(
+                f"an encoder-decoder draft model shares the target's encoder, which must give {width} features; use one "
+                "distilled with the target's encoder, or a decoder-only draft model"
+            )
+        return shared
 
     def to_own(self, tokens: Tensor) -> Tensor:
         """Tokens on this model's device, ids beyond its vocabulary (padding the target has and we lack) clipped."""

