@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ def make_draws(method: Method, do_sample: bool, seed: int | Sequence[int] | None
     seeds = row_seeds(seed, rows, device)
     if method.draws == "coupled":
         return Coupled(seeds)
-    # every row's seed matters, and swapping two of them makes a difference
-    mixed = sum((i + 1) * s for i, s in enumerate(seeds.tolist()))
-    return Independent(torch.Generator(device).manual_seed(mixed % 2**63), seeds)
+    mixed = 0
+    for row in seeds.tolist():  # every row's seed matters, and so does their order
+        mixed = (mixed * 6364136223846793005 + row + 1442695040888963407) % 2**63
+    return Independent(torch.Generator(device).manual_seed(mixed), seeds)
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def decode(
         mask = (torch.arange(sequences.prompt_length, device=prompt.device) >= sequences.pad_tensor[:, None]).long()
     output = target.prefill(prompt, mask, capacity=sequences.limit + 64, **prefill)
     stats.prefill_seconds = time.perf_counter() - start
-    context = Context(target, sequences, processing, draws, method.length, stats)
+    context = Context(target, sequences, processing, draws, copy(method.length), stats)
     drafter.begin(context, output.hidden if output is not None else None)
     method.loop.run(context, drafter)
     stats.wall_seconds = time.perf_counter() - start
@@ -80,6 +82,9 @@ class CustomGenerate:
             raise ConfigError("num_beams > 1 cannot be combined with this recipe; use num_beams=1")
         if not model_kwargs.get("use_cache", True):
             raise ConfigError("use_cache=False: drafts are checked against a key-value cache; leave use_cache on")
+        for wish in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if generation_config.return_dict_in_generate and getattr(generation_config, wish, None):
+                raise ConfigError(f"{wish}=True: a run keeps nothing of that size; leave {wish} out")
         is_encoder_decoder = model.config.is_encoder_decoder
         mask = model_kwargs.pop("decoder_attention_mask" if is_encoder_decoder else "attention_mask", None)
         past = model_kwargs.pop("past_key_values", None)
@@ -87,7 +92,7 @@ class CustomGenerate:
             model_kwargs.pop(key, None)
         if model_kwargs.get("inputs_embeds") is not None:
             raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
-        check_prompt(input_ids, model)
+        check_prompt(input_ids, model, mask)
         guidance, processors = split_guidance(logits_processor)
         eos, max_length, stops = split_stopping(stopping_criteria, generation_config)
         if max_length <= input_ids.shape[1]:
@@ -108,6 +113,8 @@ class CustomGenerate:
             emit=emit,
         )
         draws = make_draws(self.method, generation_config.do_sample, self.seed, input_ids.shape[0], input_ids.device)
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
         self.stats = decode(
             self.method, target, sequences, Processing(processors), draws, {"past": past, **model_kwargs}
         )
@@ -115,7 +122,7 @@ class CustomGenerate:
             self.streamer.end()
         if generation_config.return_dict_in_generate:
             kind = GenerateEncoderDecoderOutput if is_encoder_decoder else GenerateDecoderOnlyOutput
-            return kind(sequences=sequences.result(), past_key_values=target.cache)  # type: ignore[arg-type]
+            return kind(sequences=sequences.result(), past_key_values=target.past(sequences.pads))  # type: ignore[arg-type]
         return sequences.result()
 
 
@@ -132,14 +139,24 @@ def custom_generate(
     return CustomGenerate(build(find_recipe(recipe), overrides), seed=seed, streamer=streamer)
 
 
-def check_prompt(input_ids: Tensor, model: PreTrainedModel) -> None:
-    """InputError unless `input_ids` is a non-empty `[B, P]` tensor of ids the model knows."""
+def check_prompt(input_ids: Tensor, model: PreTrainedModel, mask: Tensor | None) -> None:
+    """InputError unless `input_ids` is a non-empty `[B, P]` tensor of ids the model knows, padded on the left."""
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise InputError(f"the prompt is empty (input_ids has shape {list(input_ids.shape)}); give at least one token")
     vocab = model.config.get_text_config(decoder=True).vocab_size
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab:
         raise InputError(f"the prompt holds token id {low if low < 0 else high}; the model knows 0 … {vocab - 1}")
+    if mask is None:
+        return
+    if mask.shape != input_ids.shape:
+        raise InputError(f"attention_mask has shape {list(mask.shape)}, the prompt {list(input_ids.shape)}; give one a token")
+    real = mask.long()
+    if bool((real.diff(dim=1) < 0).any()):
+        raise InputError("the attention mask has gaps or padding on the right; pad prompts on the left")
+    if not bool(real[:, -1].all()):
+        row = int(real[:, -1].argmin())
+        raise InputError(f"row {row} of the batch has an empty prompt; give it at least one token")
 
 
 def split_guidance(processors: LogitsProcessorList) -> tuple[Guidance | None, list[Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from polyspec.errors import InputError, UnsupportedModelError
 
@@ -118,6 +118,19 @@ class RaggedCache(Cache):
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self.rollback([self.lengths[r] for r in host_rows])
+
+    def padded(self, pads: Sequence[int]) -> DynamicCache:
+        """The first `len(pads)` rows as a transformers cache to continue from, row s behind `pads[s]` slots of padding."""
+        other, width = DynamicCache(), max(p + n for p, n in zip(pads, self.lengths, strict=False))
+        for index, layer in enumerate(self.layers):
+            start = torch.tensor(pads, device=layer.keys.device)[:, None]
+            slots = (torch.arange(width, device=layer.keys.device) - start).clamp(0, layer.keys.shape[-2] - 1)
+            keys, values = (
+                x[: len(pads)].gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+                for x in (layer.keys, layer.values)
+            )
+            other.update(keys, values, index)
+        return other
 
     def adopt(self, other: Cache, slots: Tensor, lengths: Sequence[int]) -> None:
         """Take over a filled transformers cache: row s's kept tokens are its slots `slots [S, P]`, first `lengths[s]`.

@@ -217,11 +217,12 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int, device: torch.device)
     """One 63-bit seed a row: s gives s, s+1, …; a list is taken as it is; None asks torch's global generator."""
     if seed is None:
         return torch.randint(0, 2**62, (rows,)).to(device)
-    if isinstance(seed, int):
-        return torch.arange(rows, device=device) + seed
-    if len(seed) != rows:
-        raise ConfigError(f"seed has {len(seed)} entries for a batch of {rows} rows; give one a row or a single int")
-    return torch.tensor(list(seed), device=device)
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
+    if not isinstance(seeds, Sequence) or not all(isinstance(s, int) and -(2**63) <= s < 2**63 for s in seeds):
+        raise ConfigError(f"seed must be a 64-bit whole number, a list of one a row, or None; got {seed!r}")
+    if len(seeds) != rows:
+        raise ConfigError(f"seed has {len(seeds)} entries for a batch of {rows} rows; give one a row or a single int")
+    return torch.tensor(list(seeds), device=device)
 
 
 def fit_vocabulary(scores: Tensor, size: int) -> Tensor:

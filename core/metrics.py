@@ -22,6 +22,7 @@ class DecodingStats:
     draft_calls: int = 0
     row_calls: int = 0
     proposed_tokens: int = 0
+    scored_tokens: int = 0
     accepted_tokens: int = 0
     wall_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -41,13 +42,16 @@ class DecodingStats:
         """Accepted drafted tokens over proposed ones."""
         return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else 0.0
 
-    def record(self, proposed: int, gained: list[int]) -> None:
-        """Count a round: `proposed` drafted tokens a row, after which row b had `gained[b]` more (0: not running)."""
+    def record(self, proposed: int, gained: list[int], scored: int | None = None) -> None:
+        """Count a round: drafts `proposed` tokens deep, after which row b had `gained[b]` more (0: not running).
+
+        scored: how many drafted tokens the target scored in a row, if more than `proposed` (a tree's nodes)."""
         accepted = [g - 1 for g in gained if g > 0]
         self.target_calls += 1
         self.new_tokens += sum(gained)
         self.row_calls += len(accepted)
         self.proposed_tokens += proposed * len(accepted)
+        self.scored_tokens += (proposed if scored is None else scored) * len(accepted)
         self.accepted_tokens += sum(accepted)
         while len(self.proposed_by_position) < proposed:
             self.proposed_by_position.append(0)

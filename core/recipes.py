@@ -7,6 +7,7 @@ registry. A recipe's keys beside the reserved ones are its knobs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -149,13 +150,15 @@ def build(recipe: Recipe, overrides: Mapping[str, Any]) -> Method:
         loop = instantiate(plain["loop"], _convert_="all")
         drafter = instantiate(plain.get("drafter", {"_target_": "polyspec.drafting.NoDraft", "_partial_": True}))
         length = make_length(plain.get("length", 1))
+        made = drafter(**objects)
     except PolyspecError:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, PolyspecError):
             raise error.__cause__ from None
         raise ConfigError(f"recipe {recipe.name!r} cannot be built: {error}") from error
-    return Method(recipe, loop, lambda: drafter(**objects), length, plain.get("draws", "independent"))
+    # made once, so that what is wrong with it shows now; a copy a run, so that runs share no state
+    return Method(recipe, loop, lambda: copy(made), length, plain.get("draws", "independent"))
 
 
 NEEDS = {

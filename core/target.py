@@ -152,6 +152,11 @@ class Target:
         assert self.cache is not None
         self.cache.keep_path(path if self.guidance is None else torch.cat([path, path]))
 
+    def past(self, pads: Sequence[int]) -> Cache:
+        """What transformers' `generate` would have left as `past_key_values` behind prompts with `pads` of padding."""
+        assert self.cache is not None
+        return self.cache.padded(pads)
+
     # -- how a model is called ---------------------------------------------------------------------------------------
 
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
@@ -218,6 +223,8 @@ class Target:
         assert self.guidance is not None
         mask = torch.ones_like(tokens) if mask is None else mask
         other = tokens[:, -1:] if self.guidance.tokens is None else self.guidance.tokens.to(tokens.device)
+        if other.shape[0] != tokens.shape[0]:
+            raise InputError(f"{other.shape[0]} negative prompts for {tokens.shape[0]} prompts; give one a row")
         other_mask = torch.ones_like(other) if self.guidance.mask is None else self.guidance.mask.to(tokens.device)
         width = max(tokens.shape[1], other.shape[1])
 
@@ -256,7 +263,13 @@ class EncoderDecoderTarget(Target):
             raise ConfigError("guidance_scale is not supported with an encoder-decoder model; leave it out")
         self.cross = DynamicCache()
         self.paired: EncoderDecoderCache | None = None
+        past = kwargs.get("past")
+        if past is not None and int(past.get_seq_length()) > 0:
+            raise InputError("past_key_values of an encoder-decoder model cannot be continued; leave them out")
         return super().prefill(tokens, mask, **kwargs)
+
+    def past(self, pads: Sequence[int]) -> Cache:
+        return EncoderDecoderCache(super().past(pads), self.cross)
 
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
         if self.paired is None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -58,8 +57,10 @@ def train(config: DictConfig) -> None:
     getattr(import_module(module), function)(config.train)
 
 
-def make_pipeline(config: DictConfig, recipe: str | None) -> Any:
-    """The configured modality's pipeline with `recipe`, its knobs as configured if it is the configured recipe."""
+def make_pipeline(config: DictConfig, recipe: str | None, target: Any = None) -> Any:
+    """The configured modality's pipeline with `recipe`, its knobs as configured if it is the configured recipe.
+
+    target: a loaded model to use instead of the configured one."""
     overrides = {}
     if recipe is not None and config.get("recipe") and recipe == config.recipe.name:
         known = find_recipe(recipe)
@@ -69,8 +70,9 @@ def make_pipeline(config: DictConfig, recipe: str | None) -> Any:
     name = config.modality.name
     if name not in {e.name for e in entry_points(group="polyspec.modalities")}:
         raise unknown("modality", name, {e.name for e in entry_points(group="polyspec.modalities")})
+    target = config.target if target is None else target
     return pipeline(
-        name, target=config.target, recipe=recipe, overrides=overrides, device=config.device, dtype=config.dtype
+        name, target=target, recipe=recipe, overrides=overrides, device=config.device, dtype=config.dtype
     )
 
 
@@ -163,9 +165,3 @@ def write_outputs(outputs: Sequence[Any], output: str | None, prompt: str, plain
             raise InputError(f"cannot write {path}: {error}; use a file name that ends in .png") from error
     return [path for path, _ in save]
 
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result) of a call."""
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result

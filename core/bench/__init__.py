@@ -1,1 +1,1 @@
-
+"""Measuring recipes: speed, tokens per call, and what bounds them."""

@@ -106,8 +106,9 @@ class Sequences:
         where = self.length_tensor[:, None] + column
         keep = column < counts[:, None]
         self.tokens.scatter_(1, torch.where(keep, where, self.limit), new)
-        best = scores.amax(-1)  # NaN spreads to it, and -inf means that nothing is allowed
-        sick = (best.isnan() | best.isneginf()).any(1) & self.running_tensor
+        # NaN spreads to the maximum, and -inf means that nothing is allowed, as it may be behind a rejected draft
+        best = scores.amax(-1)
+        sick = ((best.isnan() | best.isneginf()) & keep).any(1)
         state = torch.stack([counts, ended.long(), sick.long()])
         gained, done, bad, *new_tokens = torch.cat([state, new.T]).tolist()
         if any(bad):

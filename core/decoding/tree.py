@@ -54,7 +54,7 @@ class TreeLoop:
                 target.rollback(sequences.cached)
             with stats.timed("draft"):
                 drafter.observe(along(output.hidden, kept), accepted)
-            stats.record(tree.height, gained)
+            stats.record(tree.height, gained, tree.size)
             context.length.observe(tree.height, gained, stats)
 
 

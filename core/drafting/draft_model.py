@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from polyspec.distributions import fit_vocabulary
 from polyspec.drafting.base import Context, Draft
-from polyspec.errors import CheckpointError, ConfigError, InputError
+from polyspec.errors import ConfigError, InputError
+from polyspec.pipelines import load
 from polyspec.target import make_target
 
 PADDING = 1024  # vocabularies of siblings differ by padding; a larger difference means another tokenizer
@@ -27,16 +27,10 @@ PADDING = 1024  # vocabularies of siblings differ by padding; a larger differenc
 @cache
 def load_draft_model(source: str) -> PreTrainedModel:
     """The model in a folder or on the hub, in the precision it was saved in; CheckpointError if it cannot be loaded."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-        architecture = (getattr(config, "architectures", None) or [""])[0]
-        kind = getattr(transformers, architecture, AutoModelForCausalLM)
-        return kind.from_pretrained(source, dtype="auto").eval()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"draft_model={source!r} cannot be loaded ({str(error).splitlines()[0]}); give the folder that "
-            "save_pretrained wrote, complete, or a hub id"
-        ) from error
+    config = load(AutoConfig.from_pretrained, source)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    kind = getattr(transformers, architecture, AutoModelForCausalLM)
+    return load(kind.from_pretrained, source, dtype="auto").eval()
 
 
 class DraftModel:

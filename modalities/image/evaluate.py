@@ -9,6 +9,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
+from polyspec.bench.calls import time_calls
+from polyspec.modalities.image.target import make_image_target
+from polyspec.prompts import load_prompts
+
 
 def psnr(reference: Tensor, image: Tensor) -> float:
     """Mean peak signal-to-noise ratio over a batch, in dB; both [B,3,H,W] in [-1, 1], and `image` is clamped to it."""
@@ -26,6 +30,34 @@ def draw_plainly(
     # decode_image_tokens gives [B,H,W,C], but the PIL-based image processor takes only channels first
     pixels = model.decode_image_tokens(tokens).permute(0, 3, 1, 2).float().cpu()
     return processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
+
+
+def bench_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """The prompts of a file in samples/prompts by its name, or the given list."""
+    return load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
+
+
+def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -> int:
+    """Draw with the model's own `generate`; the number of image tokens."""
+    knobs = pipe.settings(**{k: arguments.get(k) for k in ("do_sample", "temperature", "top_k", "top_p", "guidance_scale")})
+    # the model's own loop fails without guidance: a scale that is 1 to six digits gives the same picture
+    knobs["guidance_scale"] = max(knobs["guidance_scale"], 1.000001)
+    inputs = pipe.processor(text=list(prompts), generation_mode="image", return_tensors="pt", padding=True)
+    tokens = pipe.model.generate(**inputs.to(pipe.model.device), generation_mode="image", **knobs)
+    pipe.model.decode_image_tokens(tokens)
+    return tokens.numel()
+
+
+def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:
+    """Median seconds of a target call of N tokens a row, N in `sizes`, half-way through a picture; the sizes in turn."""
+    inputs = pipe.processor(text=list(prompts), generation_mode="image", return_tensors="pt", padding=True)
+    target = make_image_target(pipe.model, pipe.settings(guidance_scale=arguments.get("guidance_scale"))["guidance_scale"])
+    ids, mask = inputs["input_ids"].to(pipe.model.device), inputs["attention_mask"].to(pipe.model.device)
+    target.prefill(ids, mask, capacity=ids.shape[1] + target.image_tokens + max(sizes))
+    half = ids.new_zeros((len(ids), target.image_tokens // 2))
+    target.forward(torch.cat([ids[:, -1:], half], dim=1))
+    target.rollback([n + half.shape[1] for n in target.cache_lengths[: len(ids)]])
+    return time_calls(target, half[:, :1], sizes)
 
 
 def contact_sheet(

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable import FAILS, ROWS, chain_fit, complete, draw_chain, random_model
+from enumerable import FAILS, ROWS, chain_fit, complete, draw_chain, random_model, sequence_probs
 from gtest import g_test
 from wrong_rules import WRONG_FOR_SAMPLED_DRAFTS, softmax_next_to_argmax
 
@@ -30,8 +30,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("length", [0, 1, 3])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("length", "sparse"), [(0, False), (1, True), (3, False), (3, True)])
 @pytest.mark.parametrize("name", EXACT)
 def test_output_has_the_targets_distribution(name, sparse, length):
     model = random_model(length, vocab=4, length=length, sparse=sparse)
@@ -61,8 +60,6 @@ def test_argmax_drafts_with_a_softmax_beside_them_fail_the_same_test():
     softmax = torch.stack([model.draft[i][_prefix(tokens[:, :i], 4)] for i in range(3)], 1)
     verdict = softmax_next_to_argmax(tokens, softmax, p, generator=generator)
     sequences = complete(model, tokens, verdict.accepted, verdict.next_token, generator)
-    from enumerable import sequence_probs
-
     assert g_test(torch.bincount(sequences, minlength=4**4), sequence_probs(model)) < FAILS
 
 

@@ -1,0 +1,217 @@
+"""`polyspec task=bench`: recipes against transformers' own generate and the plain loop, interleaved in one run.
+
+For every batch of prompts each contestant runs in turn, so that a machine whose speed drifts slows all of them alike;
+what is reported are medians of the ratios taken batch by batch. Beside each speed-up stands its ceiling,
+`tokens per call × time of a 1-token call / time of an N-token call` with all three measured in the same run, and
+`efficiency = speed-up / ceiling`: how much of the possible gain the loop and the drafter leave.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from polyspec import pipelines
+from polyspec.errors import InputError
+from polyspec.metrics import DecodingStats
+from polyspec.tasks import make_pipeline, whole_file
+
+
+@dataclass(slots=True)
+class Contestant:
+    """One line of the table: its label, how to run it, and what its runs took."""
+
+    label: str
+    pipe: Any
+    seconds: list[float] = field(default_factory=list)
+    stats: list[DecodingStats] = field(default_factory=list)
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Over all runs."""
+        calls = sum(s.row_calls for s in self.stats)
+        return sum(s.new_tokens for s in self.stats) / calls if calls else 1.0
+
+    @property
+    def tokens_scored(self) -> float:
+        """Mean number of tokens in one target call of one row."""
+        calls = sum(s.row_calls for s in self.stats)
+        return 1 + sum(s.scored_tokens for s in self.stats) / calls if calls else 1.0
+
+
+def run(config: DictConfig) -> None:
+    """Run the bench that the `bench` group describes and write results.json and results.png."""
+    settings: Any = OmegaConf.to_container(config.bench, resolve=True)
+    console = Console()
+    folder = Path(settings["output"])
+    evaluate = import_module(f"polyspec.modalities.{config.modality.name}.evaluate")
+    prompts = evaluate.bench_prompts(settings["prompts"])[: settings["count"]]
+    if not prompts:
+        raise InputError(f"bench.prompts={settings['prompts']} holds no prompt")
+    batches = [prompts[i : i + settings["batch"]] for i in range(0, len(prompts), settings["batch"])]
+    plain = make_pipeline(config, "autoregressive")
+    loaded = (plain.model, getattr(plain, "tokenizer", None) or plain.processor)
+    contestants = [Contestant("transformers", None), Contestant("plain loop", plain)]
+    entries = [config.recipe] if config.get("recipe") else settings["recipes"]
+    for entry in entries:
+        contestants.append(contestant(config, entry, loaded))
+    arguments = {**settings["arguments"], **{k: v for k, v in config.sampling.items() if v is not None}}
+    with Progress(console=console, transient=True) as bar:
+        job = bar.add_task("bench", total=(settings["repeats"] * len(batches) + 1) * len(contestants))
+        for number, batch in enumerate([batches[0], *(batches * settings["repeats"])]):
+            for c in contestants:
+                seconds, stats = measure(c, evaluate, plain, batch, arguments, config.seed)
+                if number > 0:  # the first batch warms up
+                    c.seconds.append(seconds)
+                    c.stats.append(stats)
+                bar.advance(job)
+    report = {
+        "machine": machine(),
+        "modality": config.modality.name,
+        "device": str(plain.model.device),
+        "dtype": str(plain.model.dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "settings": settings,
+        "arguments": arguments,
+        "results": results(contestants, evaluate, plain, batches[0], arguments),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "results.json") as path:
+        path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    with whole_file(folder / "results.png") as path:
+        plot(report, path)
+    console.print(table(report))
+    console.print(f"wrote {folder / 'results.json'} and {folder / 'results.png'}", markup=False, highlight=False)
+
+
+def contestant(config: DictConfig, entry: Any, loaded: tuple[Any, Any]) -> Contestant:
+    """A recipe by name, or with overrides, on the model that is already loaded."""
+    if isinstance(entry, DictConfig):  # recipe=… on the command line, its knobs as composed there
+        pipe = make_pipeline(OmegaConf.merge(config, {"target": None}), str(entry.name), target=loaded)  # type: ignore[arg-type]
+        return Contestant(str(entry.name), pipe)
+    name, overrides = (entry, {}) if isinstance(entry, str) else (entry["name"], entry.get("overrides", {}))
+    shown = ", ".join(f"{k}={v}" for k, v in overrides.items() if "/" not in str(v))
+    pipe = pipelines.pipeline(config.modality.name, target=loaded, recipe=name, overrides=overrides)
+    return Contestant(f"{name} {shown}".strip(), pipe)
+
+
+def measure(
+    c: Contestant, evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any], seed: int
+) -> tuple[float, DecodingStats]:
+    """Seconds a token of one run, and its stats."""
+    synchronise()
+    start = time.perf_counter()
+    if c.pipe is None:
+        torch.manual_seed(seed)
+        tokens = evaluate.transformers_generate(plain, batch, **arguments)
+        stats = DecodingStats(recipe=c.label, new_tokens=tokens)
+    else:
+        stats = c.pipe(list(batch), seed=seed, **arguments).stats
+    synchronise()
+    return (time.perf_counter() - start) / max(stats.new_tokens, 1), stats
+
+
+def results(
+    contestants: Sequence[Contestant], evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One dict a contestant: ratios against transformers and the plain loop, ceiling, efficiency, acceptance."""
+    reference, loop = contestants[0], contestants[1]
+    sizes = sorted({1, *(round(c.tokens_scored) for c in contestants)})
+    cost = evaluate.call_seconds(plain, batch, sizes, **arguments)
+    rows = []
+    for c in contestants:
+        ratios = [a / b for a, b in zip(reference.seconds, c.seconds, strict=True)]
+        plain_ratios = [a / b for a, b in zip(loop.seconds, c.seconds, strict=True)]
+        ceiling = c.tokens_per_call * cost[1] / cost[round(c.tokens_scored)]
+        rows.append(
+            {
+                "label": c.label,
+                "guarantee": c.stats[0].guarantee,
+                "speed_up": statistics.median(ratios),
+                "speed_up_over_plain_loop": statistics.median(plain_ratios),
+                "tokens_per_call": c.tokens_per_call,
+                "tokens_scored_per_call": c.tokens_scored,
+                "ceiling": ceiling,
+                "efficiency": statistics.median(plain_ratios) / ceiling,
+                "tokens_per_second": 1 / statistics.median(c.seconds),
+                "acceptance_rate": sum(s.accepted_tokens for s in c.stats)
+                / max(1, sum(s.proposed_tokens for s in c.stats)),
+                "runs": [s.to_dict() for s in c.stats],
+                "seconds_per_token": c.seconds,
+            }
+        )
+    return rows
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The printed form of a report."""
+    shown = Table(title=f"{report['modality']}, {report['device']}, {report['dtype']}", title_justify="left")
+    columns = ("", "guarantee", "speed-up", "over plain loop", "tokens/call", "scored/call", "ceiling", "efficiency", "tokens/s")
+    for column in columns:
+        shown.add_column(column, justify="left" if column in ("", "guarantee") else "right")
+    for r in report["results"]:
+        figures = (
+            f"{r['speed_up']:.2f}×",
+            f"{r['speed_up_over_plain_loop']:.2f}×",
+            f"{r['tokens_per_call']:.2f}",
+            f"{r['tokens_scored_per_call']:.1f}",
+            f"{r['ceiling']:.2f}×",
+            f"{r['efficiency']:.2f}",
+            f"{r['tokens_per_second']:.1f}",
+        )
+        shown.add_row(r["label"], r["guarantee"], *figures)
+    return shown
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Speed-up beside tokens per call and ceiling, one group of bars a contestant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report["results"]
+    figure, axis = plt.subplots(figsize=(2 + 1.6 * len(rows), 4.2), layout="constrained")
+    series = (("speed_up", "speed-up over transformers"), ("ceiling", "ceiling"), ("tokens_per_call", "tokens per call"))
+    for offset, (key, label) in enumerate(series):
+        values = [r[key] for r in rows]
+        bars = axis.bar([i + 0.27 * (offset - 1) for i in range(len(rows))], values, 0.25, label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.set_xticks(range(len(rows)), [f"{r['label']}\n{r['guarantee']}" for r in rows], fontsize=8)
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_title(f"{report['modality']}, {report['dtype']} on {report['machine']['processor']}", fontsize=9)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import transformers
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": accelerator or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
