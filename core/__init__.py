@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from polyspec.metrics import DecodingStats
     from polyspec.outputs import Audio, Recommendation, Result
     from polyspec.pipelines import pipeline
-    from polyspec.recipes import Recipe, recipes
+    from polyspec.recipe import Recipe, recipes
 
 # what needs torch and transformers is imported when it is first asked for
 _LAZY = {
@@ -23,8 +23,8 @@ _LAZY = {
     "Audio": "polyspec.outputs",
     "Recommendation": "polyspec.outputs",
     "Result": "polyspec.outputs",
-    "Recipe": "polyspec.recipes",
-    "recipes": "polyspec.recipes",
+    "Recipe": "polyspec.recipe",
+    "recipes": "polyspec.recipe",
 }
 
 __all__ = [

@@ -18,7 +18,7 @@ from polyspec.distributions import Coupled, Draws, Greedy, Independent, Processi
 from polyspec.drafting.base import Context
 from polyspec.errors import ConfigError, InputError
 from polyspec.metrics import DecodingStats
-from polyspec.recipes import Method, build, find_recipe
+from polyspec.recipe import Method, build, find_recipe
 from polyspec.target import Guidance, Target, make_target
 
 

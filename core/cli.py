@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig
 
 from polyspec.errors import PolyspecError, unknown
-from polyspec.recipes import configuration_packages
+from polyspec.recipe import configuration_packages
 
 
 @hydra.main(version_base="1.3", config_path="pkg://polyspec.conf", config_name="config")

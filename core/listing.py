@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from polyspec.recipes import recipes
+from polyspec.recipe import recipes
 
 
 def show(config: Any) -> None:

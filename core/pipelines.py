@@ -13,7 +13,7 @@ from transformers.generation import logits_process as hf
 
 from polyspec.errors import CheckpointError, ConfigError, unknown
 from polyspec.outputs import Result
-from polyspec.recipes import Method, Recipe, build, find_recipe, recipes
+from polyspec.recipe import Method, Recipe, build, find_recipe, recipes
 
 
 class Pipeline(Protocol):

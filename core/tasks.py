@@ -20,7 +20,7 @@ from rich.table import Table
 from polyspec.errors import ConfigError, InputError, unknown
 from polyspec.outputs import Result
 from polyspec.pipelines import pipeline
-from polyspec.recipes import find_recipe
+from polyspec.recipe import find_recipe
 
 
 def generate(config: DictConfig) -> None:

@@ -37,7 +37,7 @@ class Chain:
                 verdict = context.draws.verify(self.verifier, draft, scores, positions)
                 if target.lockstep:
                     verdict = in_lockstep(verdict, draft.tokens, sequences.running_tensor)
-                gained = sequences.commit(draft.tokens, verdict, scores)
+                gained = sequences.commit(draft.tokens, verdict, scores.amax(-1))
                 target.rollback(sequences.cached)
             with stats.timed("draft"):
                 drafter.observe(output.hidden, verdict.accepted)

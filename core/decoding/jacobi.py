@@ -91,7 +91,8 @@ class Jacobi:
                 shift = kept.long().cumprod(1).sum(1)
                 if target.lockstep:  # what a row settled beyond the common cut stays in its window, with q := p
                     shift = fewest(shift, sequences.running_tensor)
-                gained = sequences.commit(x, Verdict(shift, y.gather(1, shift[:, None])[:, 0]), scores)
+                verdict = Verdict(shift, y.gather(1, shift[:, None])[:, 0])
+                gained = sequences.commit(x, verdict, scores.amax(-1))
                 target.rollback(sequences.cached)
             stats.record(width, gained)
             context.length.observe(width, gained, stats)
@@ -110,9 +111,10 @@ class Jacobi:
         fresh = source > last
         x = torch.where(fresh, self.init(context, guess, offset), guess)
         # a prompt's last token need not be one that can be drawn (an image model's begin-of-image, say)
-        x = x.clamp(max=context.target.vocab_size - 1)
+        x = x.clamp(0, context.target.vocab_size - 1)
         if p is None:
             return x, None
         q = p.gather(1, source.clamp(max=last)[..., None].expand(-1, -1, p.shape[-1]))
+        fresh = fresh | q[..., 0].isnan()  # behind drafts that the processors rule out nothing could be drawn
         one_hot = fresh[..., None] & (torch.arange(p.shape[-1], device=y.device) == x[..., None])
         return x, torch.where(fresh[..., None], one_hot.to(q.dtype), q)

@@ -85,11 +85,12 @@ class Sequences:
             rows = torch.tensor([i for i, n in enumerate(self.lengths) if n == length], device=self.device)
             yield rows, torch.cat([self.tokens[:, :length], drafted], dim=1)
 
-    def commit(self, drafted: Tensor, verdict: Verdict, scores: Tensor) -> list[int]:
+    def commit(self, drafted: Tensor, verdict: Verdict, best: Tensor, also: Tensor | None = None) -> list[int]:
         """Append each running row's accepted drafts (`drafted [B, N]`) and next token, up to its end.
 
-        The round's one host synchronisation. scores `[B, N+1, V]`, what the tokens were drawn from, are looked at for
-        NaN on the way. Returns how many tokens each row gained (0 once finished).
+        The round's one host synchronisation. best `[B, N+1]`, the highest score that each token was drawn from, shows
+        on the way whether one is NaN. also `[B, X]` long travels along and is found in `self.also`, a list a row.
+        Returns how many tokens each row gained (0 once finished).
         """
         width = drafted.shape[1] + 1
         column = torch.arange(width, device=self.device)
@@ -107,14 +108,18 @@ class Sequences:
         keep = column < counts[:, None]
         self.tokens.scatter_(1, torch.where(keep, where, self.limit), new)
         # NaN spreads to the maximum, and -inf means that nothing is allowed, as it may be behind a rejected draft
-        best = scores.amax(-1)
-        sick = ((best.isnan() | best.isneginf()) & keep).any(1)
+        sick = ((best.isnan() | best.isneginf() | (new < 0)) & keep).any(1)
         state = torch.stack([counts, ended.long(), sick.long()])
-        gained, done, bad, *new_tokens = torch.cat([state, new.T]).tolist()
+        rest = new.T if also is None else torch.cat([new.T, also.T])
+        gained, done, bad, *new_tokens = torch.cat([state, rest]).tolist()
+        if also is not None:
+            self.also = [list(row) for row in zip(*new_tokens[width:], strict=True)]
+            new_tokens = new_tokens[:width]
         if any(bad):
             raise InputError(
-                f"the target's scores for row {bad.index(1)} are NaN or rule out every token; check the weights, the "
-                "dtype (float16 overflows where bfloat16 does not) and the logits processors"
+                f"no token can be drawn for row {bad.index(1)}: the target's or the drafter's scores are NaN or rule out "
+                "every token; check the weights, the dtype (float16 overflows where bfloat16 does not) and the logits "
+                "processors"
             )
         self.lengths = [n + g for n, g in zip(self.lengths, gained, strict=True)]
         self.running = [

@@ -47,13 +47,14 @@ class TreeLoop:
                 positions = sequences.positions(1) + tree.depth.to(sequences.device)
                 path, accepted, token = context.draws.walk(self.walk, draft, scores, positions)
                 drafted = draft.tokens.gather(1, path.clamp(min=0))
-                gained = sequences.commit(drafted, Verdict(accepted, token), scores)
                 # offsets of the committed token and of the walked nodes among the tokens just scored
-                kept = torch.nn.functional.pad(path + 1, (1, 0)).clamp(min=0)[:, : max(gained)]
-                target.keep_path(kept)
+                kept = torch.nn.functional.pad(path + 1, (1, 0)).clamp(min=0)
+                best = scores.amax(-1).gather(1, kept)
+                gained = sequences.commit(drafted, Verdict(accepted, token), best)
+                target.keep_path(kept[:, : max(gained)])
                 target.rollback(sequences.cached)
             with stats.timed("draft"):
-                drafter.observe(along(output.hidden, kept), accepted)
+                drafter.observe(along(output.hidden, kept[:, : max(gained)]), accepted)
             stats.record(tree.height, gained, tree.size)
             context.length.observe(tree.height, gained, stats)
 

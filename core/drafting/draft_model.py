@@ -85,7 +85,7 @@ class DraftModel:
 
     def to_own(self, tokens: Tensor) -> Tensor:
         """Tokens on this model's device, ids beyond its vocabulary (padding the target has and we lack) clipped."""
-        return tokens.to(self.draft_target.device).clamp(max=self.own_vocab_size - 1)
+        return tokens.to(self.draft_target.device).clamp(0, self.own_vocab_size - 1)
 
     def propose(self, count: int) -> Draft:
         s, draws = self.context.sequences, self.context.draws
@@ -102,7 +102,7 @@ class DraftModel:
             self.context.stats.draft_calls += 1
             target.rollback([n + i + 1 for n in s.cached])
             scores = self.context.processing.scores(fit_vocabulary(logits, self.vocab_size), s, tokens, first=i)
-            step = draws.draw(scores, positions[:, i : i + 1])
+            step = draws.draw(scores, positions[:, i : i + 1]).clamp_min(0)  # -1 where the scores are NaN: never kept
             tokens = torch.cat([tokens, step], dim=1)
             probs.append(draws.draft_probs(scores))
             if not self.context.length.keep_drafting(scores):

@@ -48,7 +48,7 @@ def block_verification(
     else:
         excess = (target_probs[:, :length] * before.unsqueeze(-1)).sub_(draft_probs).clamp_(min=0).sum(-1)
     scale = excess + 1 - before
-    stop_here = torch.where(scale > 0, excess / scale, 1)  # 0/0: P = 1 and p = q
+    stop_here = torch.where(scale == 0, 1, excess / scale)  # 0/0: P = 1 and p = q; NaN (nothing allowed there) stays
     h = torch.cat([stop_here[:, 1:], joint[:, length:]], 1)  # h_1 .. h_N; h_0 is never needed
 
     steps = torch.arange(1, length + 1, device=draft_tokens.device)

@@ -46,12 +46,7 @@ def importance_selection(
     if draft_tokens.shape[1] != 2:
         raise InputError(f"importance_selection verifies two candidates, not {draft_tokens.shape[1]}")
     p, q = target_probs.float(), draft_probs.float()
-    kind, p_kind, q_kind = _classes(p, q)
-    score = _scores(p_kind, q_kind, steps)
-    # y(v) / q(v), the same for all tokens of a class; a token's pair with itself is in the class's half
-    density = 2 * (_preference(score) * q_kind.unsqueeze(-2)).sum(-1)
-    y = q * density.gather(1, kind)
-
+    y, kind, score = selection(p, q, steps)
     u = torch.rand(2, len(p), generator=generator, device=p.device)
     s = score.gather(1, kind.gather(1, draft_tokens))
     second = u[0] >= (0.5 + s[:, 0] - s[:, 1]).clamp(0, 1)
@@ -59,6 +54,15 @@ def importance_selection(
     passed = u[1] * y.gather(1, x)[:, 0] < p.gather(1, x)[:, 0]
     accepted = torch.where(passed, second.long() + 1, 0)
     return choose(accepted, draft_tokens, sample((p - y).clamp_(min=0), generator, fallback=p))
+
+
+def selection(p: Tensor, q: Tensor, steps: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [B, V], the class of each token [B, V], the score of each class [B, n]) for p, q [B, V]."""
+    kind, p_kind, q_kind = _classes(p, q)
+    score = _scores(p_kind, q_kind, steps)
+    # y/q is the same for all tokens of a class; the pair of a token with itself is in the class's half
+    density = 2 * (_preference(score) * q_kind.unsqueeze(-2)).sum(-1)
+    return q * density.gather(1, kind), kind, score
 
 
 def _classes(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,21 +48,21 @@ def traversal_verification(
     Keeps float32 copies of both probability tensors and makes M steps of a few passes over [B, V].
     Raises InputError for shapes, dtypes or devices that do not fit.
     """
+    shape = parents.view(-1, parents.shape[-1])  # [1, M] if all rows share it: then what depends on it is done once
     parents = check_tree(tokens, parents, node_q, target_probs)
     check_generator(generator, tokens.device)
     rows, nodes = tokens.shape
     row = torch.arange(rows, device=tokens.device)
     p, q = target_probs.float().clone(), node_q.float().clone()
-    family = siblings(parents)
-    lineage = ancestors(parents)
-    following = _following(family)
+    family, lineage = siblings(shape), ancestors(shape)
+    order, following = _post_order(family, lineage).expand(rows, -1), _following(family).expand(rows, -1)
     top, slope, cap = _first_chains(p, q, tokens, parents, family)
     chance = torch.where(top == 0, torch.minimum(cap, slope), 0)  # P; index 0 is the root
 
     u = uniform(tokens, generator)
     end = torch.zeros_like(row)
     done = torch.zeros_like(row, dtype=torch.bool)
-    for node in _post_order(family, lineage).unbind(1):
+    for node in order.unbind(1):
         token = tokens[row, node]
         x = token.clamp(min=0)
         v = parents[row, node] + 1
@@ -92,7 +92,7 @@ def traversal_verification(
         entered = (top == sibling.unsqueeze(1)) & (sibling > 0).unsqueeze(1)
         chance = torch.where(entered, torch.minimum(cap, slope * entry.unsqueeze(1)), chance)
 
-    on_path = functional.pad(lineage, (1, 0, 1, 0))[row, end][:, 1:]
+    on_path = functional.pad(lineage, (0, 0, 1, 0)).expand(rows, -1, -1)[row, end]
     path, accepted, _ = path_of(on_path, nodes if depth is None else depth)
     return path, accepted, sample(at_position(p, end), generator)
 
@@ -119,7 +119,7 @@ def _following(family: Tensor) -> Tensor:
     """[B, M]: the next sibling, as an index with the root at 0; 0 if there is none."""
     nodes = family.shape[1]
     index = torch.arange(1, nodes + 1, device=family.device)
-    later = torch.where(family.triu(1), index, nodes + 1).amin(2)
+    later = functional.pad(torch.where(family.triu(1), index, nodes + 1), (0, 1), value=nodes + 1).amin(2)
     return torch.where(later > nodes, 0, later)
 
 
@@ -135,7 +135,7 @@ def _first_chains(
     row = torch.arange(rows, device=tokens.device).unsqueeze(1)
     x = tokens.clamp(min=0)
     ratio = _ratio(p[row, parents + 1, x], q[row, parents + 1, x])
-    first = ~family.triu(1).any(1)
+    first = ~family.triu(1).any(1).expand(rows, -1)
     index = torch.arange(1, nodes + 1, device=tokens.device)
     top = functional.pad(torch.where(first, parents + 1, index), (1, 0))
     slope = functional.pad(torch.where(first, ratio, 1), (1, 0), value=1)

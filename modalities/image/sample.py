@@ -7,8 +7,9 @@ import importlib.resources
 from pathlib import Path
 
 import torch
-from polyspec.errors import CheckpointError
 from transformers import AutoProcessor, JanusForConditionalGeneration, JanusProcessor
+
+from polyspec.errors import CheckpointError
 
 NAME = "janus-emoji"
 

@@ -21,8 +21,6 @@ from typing import Any
 import hydra
 import torch
 import torch.nn.functional as F
-from polyspec.errors import ConfigError
-from polyspec.modalities.image.evaluate import psnr
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,6 +36,9 @@ from transformers import (
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from polyspec.errors import ConfigError
+from polyspec.modalities.image.evaluate import psnr
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,12 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """pixels [N,3,64,64] uint8; captions and styles, N strings each; test [N] bool."""
+    """pixels [N,3,64,64] uint8; captions, styles and subgroups, N strings each; test [N] bool."""
 
     pixels: Tensor
     captions: tuple[str, ...]
     styles: tuple[str, ...]
+    subgroups: tuple[str, ...]
     test: Tensor
 
 
@@ -102,6 +104,7 @@ def read_pictures(data: DataConfig) -> Pictures:
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         captions=tuple(table["caption"]),
         styles=tuple(table["style"]),
+        subgroups=tuple(table["subgroup"]),
         test=torch.from_numpy(test.to_numpy(copy=True)),
     )
 
@@ -462,21 +465,39 @@ def new_model(processor: JanusProcessor) -> JanusForConditionalGeneration:
 # stage 2: the language model
 
 
+DRAWN = (  # kinds of things people ask for by name
+    *("animal-amphibian", "animal-bird", "animal-bug", "animal-mammal", "animal-marine", "animal-reptile"),
+    *(
+        "plant-flower",
+        "plant-other",
+        "food-fruit",
+        "food-vegetable",
+        "food-prepared",
+        "food-sweet",
+        "food-asian",
+        "drink",
+    ),
+    *("heart", "cat-face", "face-smiling", "face-affection", "face-costume", "sky-weather", "geometric"),
+    *("transport-ground", "transport-air", "transport-water"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class LMConfig:
     """The language model's training; its size is `new_model`."""
 
     budget: Budget = field(default_factory=lambda: Budget(minutes=66))
-    styles: tuple[str, ...] = ("twemoji",)  # what it draws; flat colours are learnt in half the time
+    styles: tuple[str, ...] = ("twemoji",)  # what it draws: flat colours are learnt soonest
+    subgroups: tuple[str, ...] | None = DRAWN  # None: all the tokenizer was trained on
     batch: int = 6
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
     null_captions: float = 0.1  # share of rows in the unconditional format
     style_dropout: float = 0.5  # share of captions without the word for the style
     alias_share: float = 0.3  # share of captions that use the alias, where there is one
-    unknown_words: float = 0.1  # share of captions with one unknown word put in
-    clean_contexts: float = 0.4  # share of rows whose context is not corrupted
-    corruption: float = 0.5  # highest share of corrupted tokens in a row
+    unknown_words: float = 0.05  # share of captions with one unknown word put in
+    clean_contexts: float = 0.5  # share of rows whose context is not corrupted
+    corruption: float = 0.4  # highest share of corrupted tokens in a row
     checkpoint_minutes: float = 3.0
     seed: int = 0
 
@@ -579,8 +600,13 @@ def known_captions(data: DataConfig, pictures: Pictures) -> list[str]:
 
 
 def lm_rows(pictures: Pictures, config: LMConfig) -> tuple[Tensor, Tensor]:
-    """Row numbers of the pictures to train on and of those held out, in the styles the language model draws."""
-    drawn = torch.tensor([style in config.styles for style in pictures.styles])
+    """Row numbers of the pictures to train on and of those held out, among those the language model is to draw."""
+    drawn = torch.tensor(
+        [
+            style in config.styles and (config.subgroups is None or subgroup in config.subgroups)
+            for style, subgroup in zip(pictures.styles, pictures.subgroups, strict=True)
+        ]
+    )
     return (drawn & ~pictures.test).nonzero().flatten(), (drawn & pictures.test).nonzero().flatten()
 
 

@@ -97,8 +97,9 @@ def chain_fit(
     return g_test(torch.bincount(sequences, minlength=model.vocab ** (model.length + 1)), sequence_probs(model))
 
 
-def step_fit(rule: Callable[..., Verdict], tokens: Tensor, q: Tensor, p: Tensor, seed: int = 0, **knobs) -> float:
-    """p-value of a one-step rule's emitted token under p [V]; tokens [R, K] drawn by the caller."""
+def step_fit(rule: Callable[..., Verdict], tokens: Tensor, q: Tensor, p: Tensor, seed: int = 99, **knobs) -> float:
+    """p-value of a one-step rule's emitted token under p [V]; tokens [R, K] drawn by the caller
+    (with another seed: the same random numbers twice would not be independent)."""
     generator = torch.Generator().manual_seed(seed)
     rows = tokens.shape[0]
     verdict = rule(p.expand(rows, -1), tokens, q.expand(rows, -1), generator=generator, **knobs)

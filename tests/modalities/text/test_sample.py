@@ -270,12 +270,13 @@ def test_real_weights_answer_in_english(dtype: torch.dtype) -> None:
     digits = [token for token in tokenizer.convert_ids_to_tokens(ids) if any(digit in token for digit in "0123456789")]
     assert digits == list("10452314")
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token_id is not None
-    questions = ["What is the capital of France?", "Name three colours of the rainbow."]
+    questions = ["What is the capital of France?", "List the days of the week."]
     chats = [[{"role": "user", "content": question}] for question in questions]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     output = model.generate(**inputs, do_sample=False, max_new_tokens=40)
-    capital, colours = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    capital, week = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert "Paris" in capital
-    assert sum(colour in colours.lower() for colour in ("red", "orange", "yellow", "green", "blue", "violet")) >= 2
+    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+    assert [week.find(day) for day in days] == sorted(week.index(day) for day in days)

@@ -1,0 +1,185 @@
+"""A small parallel model drafts a whole block in one pass.
+
+DFlash: Block Diffusion for Flash Speculative Decoding, 2602.06036. With x_0 the last committed token, the block
+
+    e(x_0), m, m, …, m      (N queries; e the target's embedding, m a learnt mask embedding)
+
+attends to itself in both directions and to the committed tokens before it; output i, through the target's output layer,
+is q_i, the drafter's distribution of the i-th next token, i = 1 … N-1. The q_i are independent of each other, so depth
+and block size cost almost nothing. Context enters as keys and values only: for every committed token t the target's
+hidden states of several layers, h_t^{l_1} … h_t^{l_k}, become
+
+    c_t = RMSNorm(W_fuse [h_t^{l_1}; …; h_t^{l_k}]),    K_t^j = RoPE(W_K^j c_t),    V_t^j = W_V^j c_t
+
+once, for each draft layer j with that layer's own matrices, and stay in the drafter's own cache. Embedding and output
+layer are the target's, shared and frozen. Exact under any exact rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from polyspec.cache import RaggedCache
+from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
+from polyspec.errors import ConfigError
+from polyspec.target import Target
+
+Attended = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""From a block's own keys and values `[S, H, Q, D]` and the layer to all that the block attends to `[S, H, K, D]`."""
+
+
+class DFlashConfig(HeadConfig):
+    """`block` is N: the last committed token and N-1 drafts."""
+
+    model_type = "polyspec_dflash"
+    block: int = 8
+
+
+class BlockLayer(nn.Module):
+    """A Llama block whose queries are the drafted block's, and whose keys and values are the context's and its own."""
+
+    def __init__(self, config: DFlashConfig, index: int):
+        super().__init__()
+        width, self.dim, self.index = config.hidden_size, config.head_dim, index
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.dim, width, bias=False)
+        self.mlp = LlamaMLP(config)
+        self.attention_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.mlp_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """K, V `[S, H, T, D]` of context features or of the block itself `[S, T, d]`."""
+        k, v = (p(x).unflatten(-1, (-1, self.dim)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        return apply_rotary_pos_emb(k, k, *rope)[0], v
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, attended: Attended) -> Tensor:
+        """`x [S, Q, d]`; mask `[S or 1, 1, Q or 1, K]`, True = visible, None = everything."""
+        normed = self.attention_norm(x)
+        q = self.q_proj(normed).unflatten(-1, (-1, self.dim)).transpose(1, 2)
+        q = apply_rotary_pos_emb(q, q, *rope)[0]
+        k, v = attended(*self.keys_values(normed, rope), self.index)
+        # a group's query heads as more rows of one key-value head, so that the cache is never copied
+        groups = q.shape[1] // k.shape[1]
+        rows = q.reshape(q.shape[0], k.shape[1], -1, self.dim)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, groups, 1)
+        out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        x = x + self.o_proj(out.reshape(q.shape).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DFlashModel(HeadModel):
+    """The block drafter. Width is free; if it is not the target's, two projections join them.
+
+    `for_target(model, layers=…, block=…, target_layers=number or list of hidden-state indices, hidden_size=…)`.
+    """
+
+    config_class = DFlashConfig
+    config: DFlashConfig
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__(config)
+        width, theirs = config.hidden_size, config.target_hidden_size
+        self.mask = nn.Embedding(1, width)
+        self.fuse = nn.Linear(len(config.target_layers or ()) * theirs, width, bias=False)
+        self.fuse_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(BlockLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.widen = nn.Identity() if width == theirs else nn.Linear(width, theirs, bias=False)
+        self.narrow = nn.Identity() if width == theirs else nn.Linear(theirs, width, bias=False)
+        self.post_init()
+
+    @classmethod
+    def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
+        sizes = {"num_hidden_layers": sizes.pop("layers", 1), **sizes}
+        if sizes.get("block", 8) < 2:
+            raise ConfigError(f"block must be ≥ 2 (the last committed token and a draft), got {sizes['block']}")
+        chosen = sizes.pop("target_layers", 5)
+        depth = target.config.num_hidden_layers
+        layers = spread_layers(depth, chosen) if isinstance(chosen, int) else list(chosen)
+        if not layers or not all(0 <= i <= depth for i in layers):
+            raise ConfigError(f"target_layers must name hidden states 0 … {depth} of the target, got {layers}")
+        return {**super().default_sizes(target, sizes), "target_layers": layers}
+
+    def context(self, hidden: tuple[Tensor, ...], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """K, V `[S, H, T, D]` of every layer for committed tokens: target hidden states `[S, T, d_t]` per layer."""
+        fused = self.fuse_norm(self.fuse(torch.cat(hidden, dim=-1)))
+        rope = self.rotary(fused, positions)
+        return [layer.keys_values(fused, rope) for layer in self.layers]  # type: ignore[operator]
+
+    def queries(self, embedded: Tensor) -> Tensor:
+        """The blocks' inputs `[.., N, d]`: the last committed token's embedding `[.., d_t]`, then mask embeddings."""
+        first = self.narrow(embedded).unsqueeze(-2)
+        masks = self.mask.weight.to(first.dtype).expand(*first.shape[:-2], self.config.block - 1, -1)
+        return torch.cat([first, masks], dim=-2)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, attended: Attended) -> Tensor:
+        """Blocks `x [S, Q, d]` at `positions [S, Q]` to what the target's output layer reads, `[S, Q, d_t]`."""
+        rope = self.rotary(x, positions)
+        for layer in self.layers:
+            x = layer(x, rope, mask, attended)
+        return self.widen(self.norm(x))
+
+
+def spread_layers(depth: int, count: int) -> list[int]:
+    """`count` hidden states from the output of a target's second layer to that of its third last (fewer if it is
+    shallow): `round(2 + i (depth - 4) / (count - 1))`."""
+    if count < 1:
+        raise ConfigError(f"target_layers must be ≥ 1, got {count}")
+    low, high = min(2, depth), max(depth - 2, min(2, depth))
+    if count == 1:
+        return [high]
+    return sorted({round(low + i * (high - low) / (count - 1)) for i in range(count)})
+
+
+class DFlash(HeadDrafter[DFlashModel]):
+    """Drafts at most `block - 1` tokens in one pass of `heads`, a DFlashModel or its folder."""
+
+    kind = DFlashModel
+
+    def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
+        self.bind(context)
+        lengths = self.target.cache_lengths
+        self.cache = RaggedCache(len(lengths), context.sequences.limit + self.model.config.block)
+        self.remember(self.prompt_hidden(hidden))
+
+    def remember(self, hidden: tuple[Tensor, ...]) -> None:
+        """Put hidden states `[S, T, d_t]` behind each row's tokens, and keep as many as the target kept."""
+        positions = self.positions(hidden[0].shape[1])
+        for layer, (k, v) in enumerate(self.model.context(hidden, positions)):
+            self.cache.update(k, v, layer)
+        self.cache.rollback(self.target.cache_lengths)
+
+    def positions(self, width: int) -> Tensor:
+        start = torch.tensor(self.cache.lengths, device=self.target.device)[:, None]
+        return start + torch.arange(width, device=self.target.device)
+
+    def propose(self, count: int) -> Draft:
+        pending = self.streams(self.sequences.tail(1)[:, 0])
+        block = self.model.queries(self.layers.embed(pending))
+        positions = self.positions(block.shape[1])
+        mask = None
+        if not self.cache.uniform:
+            slots = torch.arange(self.cache.longest + block.shape[1], device=positions.device)
+            mask = (slots <= positions[:, -1:])[:, None, None, :]
+        out = self.model(block, positions, mask, self.cache.update)
+        self.context.stats.draft_calls += 1
+        return self.draw(self.logits(out[:, 1 : count + 1]))
+
+    def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
+        self.remember(hidden)

@@ -1,0 +1,155 @@
+"""One decoder layer continues the target's features, token by token.
+
+EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty, 2401.15077. With f_i the target's last hidden state
+at token i and e its embedding, the head predicts the next feature from a feature and the token that was drawn from it,
+
+    f̂_{i+1} = Layer(W_fc [e(x_{i+1}); f_i]),     q(x_{i+2}) = softmax(W_U f̂_{i+1}),
+
+one Llama decoder layer under a causal mask, with a key-value cache of its own: entry i belongs to (f_i, x_{i+1}).
+While drafting, predicted features stand in for the target's; after a round the kept entries are computed again from
+true ones. Embedding and output layer W_U are the target's, shared and frozen. Exact under any exact rule.
+
+With several `target_layers` the feature is W_fuse of them all, as in EAGLE-3 (2503.01840), where nothing holds the
+prediction close to a target feature.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from polyspec.attention import grouped
+from polyspec.cache import RaggedCache
+from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
+from polyspec.drafting.medusa import take
+from polyspec.errors import ConfigError
+from polyspec.target import Target, pack_rows
+
+
+class EagleConfig(HeadConfig):
+    model_type = "polyspec_eagle"
+
+
+class EagleModel(HeadModel):
+    """The feature predictor, of the target's width. `for_target(model, target_layers=[…], intermediate_size=…)`."""
+
+    config_class = EagleConfig
+    config: EagleConfig
+
+    def __init__(self, config: EagleConfig):
+        super().__init__(config)
+        width, count = config.target_hidden_size, len(config.target_layers or ())
+        self.fuse = nn.Linear(count * width, width, bias=False) if count > 1 else nn.Identity()
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.layer = LlamaDecoderLayer(config, 0)
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    @classmethod
+    def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
+        depth = target.config.num_hidden_layers
+        layers = list(sizes.pop("target_layers", [depth]))
+        if not layers or not all(0 <= i <= depth for i in layers):
+            raise ConfigError(f"target_layers must name hidden states 0 … {depth} of the target, got {layers}")
+        if sizes.setdefault("hidden_size", target.config.hidden_size) != target.config.hidden_size:
+            raise ConfigError("an EAGLE head predicts the target's features and has its width; leave hidden_size out")
+        return {**super().default_sizes(target, sizes), "num_hidden_layers": 1, "target_layers": layers}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.fc:  # start from f̂_{i+1} ≈ f_i
+            width = self.config.target_hidden_size
+            start = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
+            initialization.copy_(self.fc.weight, start.to(self.fc.weight.dtype))
+
+    def features(self, hidden: tuple[Tensor, ...]) -> Tensor:
+        """The target's hidden states `[.., d]` per layer as one feature `[.., d]`."""
+        return self.fuse(torch.cat(hidden, dim=-1))
+
+    def forward(
+        self, embedded: Tensor, features: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        """e(x_{i+1}) and f_i, `[S, T, d]` both, at `positions` i `[S or 1, T]` to f̂_{i+1} `[S, T, d]`.
+
+        mask `[S or 1, 1, T, K]`: True = visible; None: a single query that sees everything.
+        """
+        x = self.fc(torch.cat([embedded, features], dim=-1))
+        rope = self.rotary(x, positions)
+        with grouped(self.config):
+            return self.layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+
+
+class Eagle(HeadDrafter[EagleModel]):
+    """Drafts token by token with `heads`, an EagleModel or its folder."""
+
+    kind = EagleModel
+
+    def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
+        self.bind(context)
+        s, lengths = context.sequences, self.target.cache_lengths
+        self.cache = RaggedCache(len(lengths), s.limit + 32)
+        self.predicted = torch.zeros(
+            len(lengths), 1, self.model.config.target_hidden_size, device=s.device, dtype=self.model.dtype
+        )
+        prompt = s.tokens[:, : s.prompt_length]
+        mask = (torch.arange(s.prompt_length, device=s.device) >= s.pad_tensor[:, None]).long()
+        if self.target.guidance is not None:
+            prompt, mask = self.target.with_unconditional(prompt, mask)
+        tokens, _ = pack_rows(prompt, mask)
+        if max(lengths) > 0:
+            self.catch_up(tokens[:, 1:], self.prompt_hidden(hidden))
+
+    def catch_up(self, tokens: Tensor, hidden: tuple[Tensor, ...]) -> None:
+        """Entries (f_i, x_{i+1}) from the target's hidden states `[S, T, d]` and the tokens that followed `[S, T]`; as
+        many as the target kept stay, and the last one's prediction is where drafting starts."""
+        before = self.cache.lengths
+        out = self.step(tokens, self.model.features(hidden))
+        self.cache.rollback(self.target.cache_lengths)
+        last = [new - old - 1 for new, old in zip(self.cache.lengths, before, strict=True)]
+        self.predicted = take(out, torch.tensor(last, device=out.device))[:, None]
+
+    def step(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """T entries `[S, T]` behind those in the cache, to their predicted features `[S, T, d]`."""
+        start = torch.tensor(self.cache.lengths, device=tokens.device)[:, None]
+        positions = start + torch.arange(tokens.shape[1], device=tokens.device)
+        mask = None
+        if tokens.shape[1] > 1 or not self.cache.uniform:
+            slots = torch.arange(self.cache.longest + tokens.shape[1], device=tokens.device)
+            mask = (slots <= positions[..., None])[:, None]
+        return self.model(self.layers.embed(tokens), features, positions, mask, self.cache)
+
+    def propose(self, count: int) -> Draft:
+        s, feature, kept = self.sequences, self.predicted, self.cache.lengths
+        drafts = Draft(s.tail(1)[:, :0])
+        for i in range(count):
+            if i > 0:
+                feature = self.step(self.streams(drafts.tokens[:, -1:]), feature)
+                self.cache.rollback([n + i for n in kept])
+            self.context.stats.draft_calls += 1
+            drafts, scores = self.extend(drafts, self.logits(feature))
+            if not self.context.length.keep_drafting(scores):
+                break
+        self.cache.rollback(kept)
+        return drafts
+
+    def extend(self, drafts: Draft, logits: Tensor) -> tuple[Draft, Tensor]:
+        """`drafts` and one more token, drawn from logits `[B, 1, V]`; and its scores."""
+        s, draws, first = self.sequences, self.context.draws, drafts.tokens.shape[1]
+        scores = self.context.processing.scores(logits, s, drafts.tokens, first=first)
+        token = draws.draw(scores, s.positions(first + 1)[:, first:])
+        q = draws.draft_probs(scores)
+        if q is not None and drafts.probs is not None:
+            q = torch.cat([drafts.probs, q], dim=1)
+        return Draft(torch.cat([drafts.tokens, token], dim=1), q), scores
+
+    def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
+        s, width = self.sequences, hidden[0].shape[1]
+        start = torch.tensor(self.cache.lengths[: s.batch], device=s.device) + s.pad_tensor + 1
+        columns = start[:, None] + torch.arange(width, device=s.device)
+        self.catch_up(self.streams(s.tokens.gather(1, columns.clamp(max=s.limit))), hidden)

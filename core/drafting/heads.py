@@ -1,0 +1,233 @@
+"""What trained draft heads share: a checkpoint folder that knows its target, and the target's own token layers.
+
+A head is small because it borrows: tokens are embedded and predictions turned into logits by the target's layers,
+which stay frozen and are never saved with the head. Optionally it predicts only frequent tokens (EAGLE-3, 2503.01840;
+FR-Spec, 2502.14856): `vocab_map [V_d]` lists their target ids, the target's output rows are gathered once, and every
+other token has q = 0, which any exact rule corrects for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, PreTrainedModel
+
+from polyspec.drafting.base import Context, Draft
+from polyspec.errors import CheckpointError, ConfigError
+from polyspec.pipelines import load
+from polyspec.target import Target, make_target
+
+
+class HeadConfig(LlamaConfig):
+    """Sizes of a head (Llama's names) and of the target it was made for. `vocab_size` is what the head predicts."""
+
+    target_name: str = ""
+    target_hidden_size: int = 0
+    target_num_layers: int = 0
+    target_vocab_size: int = 0
+    target_layers: list[int] | None = None  # indices into transformers' hidden_states
+
+    @property
+    def trimmed(self) -> bool:
+        return self.vocab_size != self.target_vocab_size
+
+
+class HeadModel(PreTrainedModel):
+    """Base of head models: `for_target` makes an untrained one, `save_pretrained` and `from_pretrained` store it."""
+
+    config_class: ClassVar[type[HeadConfig]] = HeadConfig
+    config: HeadConfig
+    main_input_name = "hidden"
+    _supports_sdpa = True
+    vocab_map: Tensor | None
+
+    def __init__(self, config: HeadConfig):
+        super().__init__(config)
+        self.register_buffer("vocab_map", torch.arange(config.vocab_size) if config.trimmed else None)
+
+    @classmethod
+    def for_target(
+        cls, target: Target | PreTrainedModel, *, seed: int = 0, vocabulary: Tensor | None = None, **sizes: Any
+    ) -> Self:
+        """An untrained head for `target`, float32 on the CPU, its weights fixed by `seed`.
+
+        vocabulary: ids of the tokens to predict, None for all. sizes: fields of the head's config; by default as the
+        target's. Raises ConfigError for sizes that do not fit together.
+        """
+        target = make_target(target) if isinstance(target, PreTrainedModel) else target
+        theirs = target.config
+        known = {
+            "target_name": str(target.model.name_or_path or type(target.model).__name__),
+            "target_hidden_size": theirs.hidden_size,
+            "target_num_layers": theirs.num_hidden_layers,
+            "target_vocab_size": target.vocab_size,
+            "vocab_size": target.vocab_size if vocabulary is None else len(vocabulary),
+        }
+        config = cls.config_class(**{**cls.default_sizes(target, sizes), **known})
+        if config.hidden_size % config.num_attention_heads:
+            raise ConfigError(f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config)
+        if vocabulary is not None and config.trimmed:
+            assert model.vocab_map is not None
+            model.vocab_map.copy_(vocabulary)
+        return model.eval()
+
+    @classmethod
+    def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
+        """The config fields of a head for `target` from what the user gave."""
+        theirs = target.config
+        width = sizes.get("hidden_size", theirs.hidden_size)
+        heads = sizes.get("num_attention_heads", theirs.num_attention_heads)
+        fallback = {
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "num_key_value_heads": min(heads, getattr(theirs, "num_key_value_heads", None) or heads),
+            "head_dim": width // heads,
+            "intermediate_size": getattr(theirs, "intermediate_size", None) or 4 * width,
+            "max_position_embeddings": theirs.max_position_embeddings,
+        }
+        return {**fallback, **sizes}
+
+    def check(self, target: Target) -> None:
+        """CheckpointError, naming both, unless these heads were made for a model of `target`'s sizes."""
+        c = self.config
+        ours = (c.target_hidden_size, c.target_num_layers, c.target_vocab_size)
+        theirs = (target.config.hidden_size, target.config.num_hidden_layers, target.vocab_size)
+        if ours != theirs:
+            sizes = "width {}, {} layers, {} tokens"
+            raise CheckpointError(
+                f"these heads were trained for {c.target_name} ({sizes.format(*ours)}), the target is "
+                f"{target.model.name_or_path or type(target.model).__name__} ({sizes.format(*theirs)}); train heads "
+                "for it with polyspec task=train"
+            )
+
+
+M = TypeVar("M", bound=HeadModel)
+
+
+@cache
+def _load(kind: type[HeadModel], folder: str, _changed: float) -> HeadModel:
+    stored, _ = load(kind.config_class.get_config_dict, folder)
+    expected = kind.config_class.model_type
+    if stored.get("model_type") != expected:
+        raise CheckpointError(
+            f"{folder} holds a {stored.get('model_type')!r} checkpoint, this recipe needs {expected!r} heads"
+        )
+    model, report = load(kind.from_pretrained, folder, dtype="auto", output_loading_info=True)
+    if report["missing_keys"] or report["mismatched_keys"]:
+        lacking = sorted(str(k) for k in (*report["missing_keys"], *report["mismatched_keys"]))
+        raise CheckpointError(f"the heads in {folder} are incomplete: {lacking[0]} and {len(lacking) - 1} more lack")
+    return model.eval()
+
+
+def load_heads(kind: type[M], heads: M | str | PathLike[str]) -> M:
+    """Heads of class `kind`: the object itself, or the folder (or hub id) of a checkpoint, read once.
+
+    Raises CheckpointError for a folder that is missing, damaged, or holds something else; ConfigError for what is
+    neither.
+    """
+    if isinstance(heads, kind):
+        return heads
+    if not isinstance(heads, str | PathLike):
+        raise ConfigError(f"heads must be a {kind.__name__} or the folder of one, got {type(heads).__name__}")
+    weights = Path(heads) / "model.safetensors"
+    return _load(kind, str(heads), weights.stat().st_mtime if weights.exists() else 0.0)  # type: ignore[return-value]
+
+
+class TokenLayers:
+    """The target's embedding and output layer as a head uses them, in the head's dtype and vocabulary."""
+
+    def __init__(self, target: Target, vocab_map: Tensor | None):
+        # a target whose drafted tokens are not its input tokens (image codes, say) brings its own layers
+        self.embedding = getattr(target, "embed", None) or target.model.get_input_embeddings()
+        self.output: nn.Module = getattr(target, "output_layer", None) or target.model.get_output_embeddings()
+        self.vocab_map, self.vocab_size = vocab_map, target.vocab_size
+        self.rows: tuple[Tensor, Tensor | None] | None = None
+        if vocab_map is not None and isinstance(self.output, nn.Linear):
+            bias = self.output.bias
+            self.rows = self.output.weight.detach()[vocab_map], None if bias is None else bias.detach()[vocab_map]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[..]` target ids to `[.., d]`."""
+        return self.embedding(tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[.., d]` to logits `[.., V_d]` over the head's vocabulary."""
+        if self.rows is not None:
+            return functional.linear(hidden, *self.rows)
+        logits = self.output(hidden)[..., : self.vocab_size]
+        return logits if self.vocab_map is None else logits[..., self.vocab_map]
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits over the head's vocabulary `[.., V_d]` to the target's `[.., V]`, -inf where the head is silent."""
+        if self.vocab_map is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
+        full[..., self.vocab_map] = logits
+        return full
+
+
+class HeadDrafter(Generic[M]):
+    """Base of the drafters that run a head on the target's hidden states, for ragged batches and under guidance."""
+
+    kind: type[M]
+
+    def __init__(self, heads: M | str | PathLike[str]):
+        self.model = load_heads(self.kind, heads)
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        return tuple(self.model.config.target_layers or ())
+
+    def check(self, target: Target) -> None:
+        """CheckpointError unless the heads fit `target`; to be asked before the target runs."""
+        self.model.check(target)
+
+    def bind(self, context: Context) -> None:
+        """Start a run: the heads move to the target's device and dtype, and share its token layers."""
+        self.check(context.target)
+        target = context.target
+        self.model.to(device=target.device, dtype=target.model.dtype)  # type: ignore[call-overload]
+        self.context, self.target, self.sequences = context, target, context.sequences
+        self.layers = TokenLayers(target, self.model.vocab_map)
+
+    def prompt_hidden(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """The prompt's hidden states `[S, P-1, d]`, zero for what a cache handed over by the caller already held."""
+        lengths = self.target.cache_lengths
+        if hidden is None:
+            shape = (len(lengths), 0, self.model.config.target_hidden_size)
+            hidden = (torch.zeros(shape, device=self.target.device, dtype=self.model.dtype),) * len(self.hidden_layers)
+        return tuple(functional.pad(h, (0, 0, max(lengths) - h.shape[1], 0)) for h in hidden)
+
+    def streams(self, rows: Tensor) -> Tensor:
+        """`[B, ..]` per row to `[S, ..]` per stream of the target."""
+        return rows if self.target.guidance is None else torch.cat([rows, rows])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """A head's output `[S, N, d]` to guided logits `[B, N, V]`, combined as the target combines its own."""
+        logits = self.layers.logits(hidden)
+        if (guidance := self.target.guidance) is not None:
+            logits = guidance.combine(*logits.chunk(2), guidance.scale)
+        return self.layers.spread(logits)
+
+    def draw(self, logits: Tensor) -> Draft:
+        """Tokens from logits `[B, N, V]` of N independent positions, drawn as the target's tokens will be."""
+        s, draws, processing = self.sequences, self.context.draws, self.context.processing
+        positions, none = s.positions(logits.shape[1]), s.tail(1)[:, :0]
+        if processing.history_free:
+            scores = processing.scores(logits, s, none)
+            return Draft(draws.draw(scores, positions), draws.draft_probs(scores))
+        tokens, probs = none, []
+        for i in range(logits.shape[1]):  # what a position may hold depends on what was drawn before it
+            scores = processing.scores(logits[:, i : i + 1], s, tokens, first=i)
+            tokens = torch.cat([tokens, draws.draw(scores, positions[:, i : i + 1])], dim=1)
+            probs.append(draws.draft_probs(scores))
+        return Draft(tokens, None if probs[0] is None else torch.cat(probs, dim=1))

@@ -1,0 +1,47 @@
+"""What every recipe is tested with: its needs, and knobs that do not depend on the clock.
+
+A recipe that declares a need which is missing from `NEEDS` fails the tests that every recipe must pass, so that no
+recipe goes unproved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tiny_models import noisy_copy
+from transformers import PreTrainedModel
+
+import polyspec
+from polyspec.recipe import Recipe
+
+NEEDS: dict[str, Callable[[PreTrainedModel, float], Any]] = {
+    "draft_model": lambda model, noise: noisy_copy(model, noise),
+}
+"""How to make what a recipe needs, for a target model; noise says how far the drafter is from the target."""
+
+KNOBS = {"length": 4, "window": 6}
+"""Small and fixed, where a recipe has the knob: the default lengths are tuned to the machine while running."""
+
+
+def overrides(recipe: Recipe, model: PreTrainedModel, noise: float = 0.1, **knobs: Any) -> dict[str, Any]:
+    """Arguments of `custom_generate` for a run of `recipe` on `model`; fails the test if a need cannot be supplied."""
+    missing = [need for need in recipe.needs if need not in NEEDS]
+    if missing:
+        pytest.fail(f"recipe {recipe.name} needs {missing}: add how to make it to tests/recipe_needs.py")
+    chosen = {**KNOBS, **knobs}
+    return {
+        **{need: NEEDS[need](model, noise) for need in recipe.needs},
+        **{knob: value for knob, value in chosen.items() if knob in recipe.knobs},
+    }
+
+
+def text_recipes(guarantee: str = "exact") -> list[Recipe]:
+    """Recipes with `guarantee` that apply to text models."""
+    return [r for r in polyspec.recipes("text") if r.guarantee == guarantee]
+
+
+def by_name(recipes: list[Recipe]) -> Any:
+    """A pytest parametrisation over recipes, named after them."""
+    return pytest.mark.parametrize("recipe", recipes, ids=lambda r: r.name)
