@@ -38,14 +38,28 @@ def grouped_attention(
     streams, heads, new, dim = query.shape
     groups = heads // key.shape[1]
     special = any(kwargs.get(k) is not None for k in ("softcap", "position_bias", "s_aux", "cache"))
-    if groups == 1 or special or dropout or groups * new > MOST_ROWS or attention_mask is None:
+    unmasked = attention_mask is None and new > 1  # leaves causality to the kernel, which knows no groups
+    if groups == 1 or special or dropout or groups * new > MOST_ROWS or unmasked:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     rows = query.reshape(streams, key.shape[1], groups * new, dim)
-    mask = attention_mask.repeat(1, 1, groups, 1)
+    mask = None if attention_mask is None else for_groups(attention_mask, groups)
     out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(streams, heads, new, value.shape[-1]).transpose(1, 2), None
+
+
+_latest: tuple[Tensor, int, Tensor] | None = None
+
+
+def for_groups(mask: Tensor, groups: int) -> Tensor:
+    """`mask` repeated for every query head of a group, `[S or 1, 1, groups·T, K]`: made in the first layer, kept for the
+    others, which get the same mask."""
+    global _latest
+    latest = _latest  # another thread may replace it meanwhile
+    if latest is None or latest[0] is not mask or latest[1] != groups:
+        _latest = latest = (mask, groups, mask.repeat(1, 1, groups, 1))
+    return latest[2]
 
 
 AttentionInterface.register(NAME, grouped_attention)

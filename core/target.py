@@ -121,6 +121,7 @@ class Target:
         if self.guidance is not None:
             tokens, mask = self.with_unconditional(tokens, mask)
         tokens, counts = pack_rows(tokens, mask)
+        self.prompts, self.prompt_lengths = tokens, counts
         kept = [c - 1 for c in counts]
         self.streams = tokens.shape[0]
         self.cache = RaggedCache(self.streams, capacity)
@@ -135,7 +136,7 @@ class Target:
     def forward(self, tokens: Tensor, tree: Tree | None = None) -> Output:
         """Score `[B, T]` tokens: each row's last committed one and its drafts. tree: how the T tokens hang together
         (`parents [T]` or `[B, T]`, node 0 the committed token); None is a chain. Call `rollback` afterwards."""
-        streams = tokens if self.guidance is None else torch.cat([tokens, tokens])
+        streams = tokens if self.guidance is None else torch.cat([tokens, self.unconditional(tokens)])
         return self.run(streams, tree, keep_logits=True)
 
     def rollback(self, lengths: Sequence[int]) -> None:
@@ -187,6 +188,8 @@ class Target:
         assert self.cache is not None
         lengths = self.cache.lengths[:1] if self.cache.uniform else self.cache.lengths
         kept = torch.tensor(lengths, device=device)[:, None]
+        if new == 1 and self.cache.uniform and self.windows == {"": None} and not self.float_mask:
+            return kept.expand(len(self.cache.lengths), -1), None  # one token sees all there is
         depth = torch.arange(new, device=device)[None] if tree is None else tree.depth.to(device).view(-1, new)
         relative = torch.arange(self.cache.longest + new, device=device)[None] - kept
         if tree is None:
@@ -235,6 +238,17 @@ class Target:
             torch.cat([left_pad(tokens), left_pad(other)]),
             torch.cat([left_pad(mask), left_pad(other_mask.to(mask.dtype))]),
         )
+
+    def unconditional(self, tokens: Tensor) -> Tensor:
+        """What the unconditional rows are fed with `tokens [B, T]`: the same, but for the end of their own prompts."""
+        assert self.cache is not None
+        kept, prompt = self.cache.lengths[self.rows :], self.prompt_lengths[self.rows :]
+        if all(k >= p for k, p in zip(kept, prompt, strict=True)):
+            return tokens
+        kept, prompt = (torch.tensor(x, device=tokens.device)[:, None] for x in (kept, prompt))
+        index = kept + torch.arange(tokens.shape[1], device=tokens.device)
+        own = self.prompts[self.rows :].gather(1, index.clamp(max=self.prompts.shape[1] - 1))
+        return torch.where(index < prompt, own, tokens)
 
     def continue_from(self, past: Cache, held: int, tokens: Tensor, kept: list[int], mask: Tensor | None) -> Output | None:
         """Take over a filled cache, then run what it lacks of the packed prompt."""

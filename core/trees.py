@@ -1,8 +1,8 @@
 """Shapes of drafted trees.
 
 A tree of M drafted nodes hangs under the root, each row's last committed token. Node m has parents[m] < m, -1 for the
-root; siblings are in the order in which they are tried. What includes the root (depth, ancestors, children) has it at index 0 and
-node m at m + 1, like the tokens of one target forward: the committed token, then the drafts.
+root; siblings are in the order in which they are tried. What includes the root (depth, ancestors, children) has it at
+index 0 and node m at m + 1, like the tokens of one target forward: the committed token, then the drafts.
 
 * static shapes: `chain`, `full`, `sequoia` (2402.12374), `medusa_tree` (2401.10774);
 * chosen per row and round, without host synchronisation: `eagle2_expand` and `eagle2_select` (2406.16858), `opt_tree`
@@ -28,8 +28,8 @@ from polyspec.errors import ConfigError, InputError
 class Tree:
     """One shape for all rows (parents [M]) or one a row ([B, M]).
 
-    height and width bound its depth and the number of children of a node; left out they are measured, which synchronises
-    for a tree on an accelerator, as does the check that every parent comes before its children.
+    height and width bound its depth and the number of children of a node; left out they are measured, and the parents
+    checked to come before their children, which synchronises for a tree on an accelerator.
     """
 
     parents: Tensor
@@ -70,7 +70,7 @@ class Tree:
 
     @cached_property
     def rank(self) -> Tensor:
-        """[M] long ([B, ..]): how many siblings are before each node; a static tree's node is its parent's rank-th best."""
+        """[M] long ([B, ..]): how many siblings come before each node: a static tree's node is its parent's rank-th."""
         same = self.parents.unsqueeze(-1) == self.parents.unsqueeze(-2)
         return same.tril(-1).sum(-1)
 
@@ -83,7 +83,7 @@ class Tree:
         return torch.where(table == self.size, -1, table)
 
     def path_to(self, node: int) -> Tensor:
-        """The drafted nodes from the root down to `node` (0: the root, m + 1: node m, itself included); shared shapes."""
+        """The drafted nodes from the root down to `node` (0: the root, m + 1: node m, included); for a shared shape."""
         if self.parents.dim() != 1:
             raise InputError("path_to needs a tree whose shape all rows share")
         return self.ancestors[node, 1:].nonzero()[:, 0]

@@ -7,10 +7,10 @@
     x ~ q, g uniform on S(x): accept x with probability min(1, p_c(g) / q_c(g)); at the first rejection
     repeat: t ~ p, g uniform on S(t), until t is kept with probability [1 - q_c(g) / p_c(g)]+.
 
-The repetition is not run: a kept t has the distribution norm(p(t)/|S(t)| · Σ_{g in S(t)} [1 - q_c(g)/p_c(g)]+), which is
-drawn from directly.
-Guarantee: group-exact. Token and group (t, g) are emitted with g distributed as p_c; for groups that do not overlap the
-emitted token's group has exactly the target's distribution. Inside a group, q's preferences remain.
+The repetition is not run: a kept t has the distribution norm(p(t)/|S(t)| · Σ_{g in S(t)} [1 - q_c(g)/p_c(g)]+), which
+is drawn from directly.
+Guarantee: group-exact. Token and group (t, g) are emitted with g distributed as p_c; for groups that do not overlap
+the emitted token's group has exactly the target's distribution. Inside a group, q's preferences remain.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TokenGroups:
     ) -> TokenGroups:
         """G(t) = {t' : cos(E_t, E_t') > threshold} from the target's embedding table [V, d].
 
-        `singletons` (end of sequence, special tokens) are alone in their groups. A pair counts only if each is among the
-        other's `largest` nearest, which bounds the tables; the guarantee holds for any groups.
+        `singletons` (end of sequence, special tokens) are alone in their groups. A pair counts only if each is among
+        the other's `largest` nearest, which bounds the tables; the guarantee holds for any groups.
         """
         check_knob("threshold", threshold, -1, 1)
         check_knob("largest", largest, 1)

@@ -3,10 +3,12 @@
 Li et al., "Annealed Relaxation of Speculative Decoding for Faster Autoregressive Image Generation", arXiv 2601.09212.
 
     ω_i = δ · exp(-ν·i - μ), i = 0 .. N-1;
-    accept x_i with f_i(x_i) = min(1, ω_i · p_i(x_i) / q_i(x_i)); at the first rejection draw from norm([p_i - q_i·f_i]+).
+    accept x_i with f_i(x_i) = min(1, ω_i · p_i(x_i) / q_i(x_i));
+    at the first rejection draw from norm([p_i - q_i·f_i]+).
 
-Guarantee: bounded. The token emitted at step i has a probability of at most max(1, ω_i) · p_i(v) for every v, and a total
-variation distance from p_i of Σ_v [min(q_i, ω_i·p_i) - p_i]+ <= min(TV(p_i, q_i), ω_i - 1). With ω_i <= 1 it is exact.
+Guarantee: bounded. The token emitted at step i is v with a probability of at most max(1, ω_i) · p_i(v), and its law has
+a total variation distance from p_i of Σ_v [min(q_i, ω_i·p_i) - p_i]+ <= min(TV(p_i, q_i), ω_i - 1). With ω_i <= 1 it
+is exact.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Hu et al., "Towards Optimal Multi-draft Speculative Decoding", arXiv 2502.18779,
     Top = the k-1 most likely tokens of q;  z ~ q', q' = q outside Top, renormalised;
     accept z with probability min(1, p(z) / q'(z)), else draw y ~ norm([p - q']+); y in Top counts as accepted.
 
-Guarantee: exact. Acceptance p(Top) + Σ_{v not in Top} min(p, q'). The default wherever a top-k tree would otherwise treat
-its tokens as deterministic (one-hot q).
+Guarantee: exact. Acceptance p(Top) + Σ_{v not in Top} min(p, q'). The default wherever a top-k tree would otherwise
+treat its tokens as deterministic (one-hot q).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Khisti et al., "Multi-Draft Speculative Sampling: Canonical Decomposition and Th
     The best β accepts with probability α* = min_S {p(S) + 1 - q(S)²}.
 
 Guarantee: exact for every β with β(v, w) + β(w, v) = 1, since y is computed and not approximated. The best β solves a
-linear programme over pairs of tokens; here tokens with nearly the same p/q share a class, β depends on the two classes as
-β = clip(½ + s_i - s_j, 0, 1), and the scores s rise where y < p and fall where y > p for a few momentum steps.
+linear programme over pairs of tokens; here tokens with nearly the same p/q share a class, β depends on the two classes
+as β = clip(½ + s_i - s_j, 0, 1), and the scores s rise where y < p and fall where y > p for a few momentum steps.
 In simulation the acceptance stays within 0.01 of α* (0.001 up to 128 tokens).
 """
 

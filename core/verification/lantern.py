@@ -9,8 +9,8 @@ Park et al., "LANTERN++", arXiv 2502.06352.
     accept x with probability min(1, p̂(x) / q(x)); at the first rejection draw from norm([p̂ - q]+).
 
 Guarantee: bounded, for every drafted token x: TV(p, p̂_x) = S <= δ (LANTERN), p̂_x(x) <= λ·p(x) (LANTERN++).
-The bound is on the distribution x is verified against. As that depends on x, the law of the emitted token can be further
-from p than δ (with LANTERN++ the probability of accepting v is still at most λ·p(v)).
+The bound is on the distribution x is verified against. As that depends on x, the law of the emitted token can be
+further from p than δ (with LANTERN++ the probability of drawing and accepting v is still at most λ·p(v)).
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def lantern_pp(
     return _verify(draft_tokens, draft_probs, target_probs, near, limit.unsqueeze(-1), generator)
 
 
-def aggregate(
-    draft_tokens: Tensor, target_probs: Tensor, near: Tensor, limit: float | Tensor
-) -> tuple[Tensor, Tensor]:
+def aggregate(draft_tokens: Tensor, target_probs: Tensor, near: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     """(p̂(x) [B, N], A as a mask over near [B, N, k]) for S <= limit (a number or [B, N, 1])."""
     p = target_probs[:, : draft_tokens.shape[1]]
     near_p = p.gather(-1, near).float().masked_fill(near == draft_tokens.unsqueeze(-1), 0)

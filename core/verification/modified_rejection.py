@@ -1,6 +1,7 @@
 """Modified rejection sampling: turn a draw from q into a draw from p, keeping it where possible.
 
-Leviathan et al., arXiv 2211.17192; as a coupling of consecutive drafts: "Speculative Coupled Decoding", arXiv 2510.24211.
+Leviathan et al., arXiv 2211.17192; as a coupling of consecutive drafts: "Speculative Coupled Decoding",
+arXiv 2510.24211.
 
     keep x ~ q with probability min(1, p(x) / q(x)), else draw y ~ norm([p - q]+).
 

@@ -1,7 +1,7 @@
 """Recursive rejection sampling over several candidates for one token.
 
-With replacement: Miao et al., "SpecInfer", arXiv 2305.09781. Without: Jeon et al., "Recursive Speculative Decoding" (RSD),
-arXiv 2402.14160; Chen et al., "Sequoia", arXiv 2402.12374.
+With replacement: Miao et al., "SpecInfer", arXiv 2305.09781. Without: Jeon et al., "Recursive Speculative Decoding"
+(RSD), arXiv 2402.14160; Chen et al., "Sequoia", arXiv 2402.12374.
 
     r_1 = p, q_1 = q;  accept child j with probability min(1, r_j(x_j) / q_j(x_j)), else r_{j+1} = norm([r_j - q_j]+);
     with replacement q_{j+1} = q;  without, q_{j+1} = q_j without x_j, renormalised;
@@ -32,8 +32,8 @@ def recursive_rejection(
 ) -> Verdict:
     """Verify K candidates for one position.
 
-    target_probs [B, V]; draft_tokens [B, K] long in the order they were drawn, -1 where there is none; draft_probs [B, V],
-    the distribution they were drawn from (None: distinct deterministic candidates, accepted if the target draws them).
+    target_probs [B, V]; draft_tokens [B, K] long in the order they were drawn, -1 where there is none; draft_probs
+    [B, V], the distribution they were drawn from (None: deterministic candidates, accepted if the target draws them).
     Verdict: accepted = 1 + the index of the accepted candidate (0: none), next_token = the emitted token.
     A candidate with q_j(x_j) = 0, which no draw produces, is passed over.
     Raises InputError for shapes, dtypes or devices that do not fit.

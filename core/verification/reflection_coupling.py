@@ -24,7 +24,7 @@ def reflection_coupling(
 ) -> tuple[Tensor, Tensor]:
     """x, mean_q, mean_p [.., D]; std a float or broadcastable to x -> (y [.., D], kept [..] bool).
 
-    The last dimension is one vector. Where std is 0 the step is deterministic: y = mean_p, kept only if the means agree.
+    The last dimension is one vector. Where std is 0 the step is deterministic: y = mean_p, kept if the means agree.
     Raises InputError for shapes, dtypes or devices that do not fit.
     """
     if x.dim() == 0 or x.shape != mean_q.shape or x.shape != mean_p.shape:

@@ -5,8 +5,8 @@ arXiv 2410.21951, §3.3.
 
     draw τ tokens from p; accept x if it is among them, otherwise emit the first of them.
 
-The τ draws are not made: x is among them with probability 1 - (1 - p(x))^τ, and given that it is not, the first draw has
-the distribution norm(p without x).
+The τ draws are not made: x is among them with probability 1 - (1 - p(x))^τ, and given that it is not, the first draw
+has the distribution norm(p without x).
 Guarantee: heuristic; τ = 1 is exact (plain sampling, matched).
 """
 

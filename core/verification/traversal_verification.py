@@ -3,7 +3,7 @@
 Weng et al., "Traversal Verification for Speculative Tree Decoding", arXiv 2505.12398.
 
     Root: P = 1. A node x under v: P(x) = min(1, P(v) · p_v(x) / q_v(x)), with v's *current* P, p and q.
-    Nodes are tested from the leaves up, left to right (post-order): accept x, with its whole path, with probability P(x).
+    Nodes are tested from the leaves up, left to right (post-order): accept x, with its path, with probability P(x).
     When x is rejected its parent changes: with R = Σ_w [P(v)·p_v(w) - q_v(w)]+,
         p_v := norm([P(v)·p_v - q_v]+),  P(v) := R / (R + 1 - P(v)),
         q_v := q_v without x, renormalised (children drawn without replacement), or unchanged (with replacement).
@@ -11,8 +11,8 @@ Weng et al., "Traversal Verification for Speculative Tree Decoding", arXiv 2505.
 
 Guarantee: exact; on a chain it is block verification.
 
-Post-order depends on the tree's shape alone, so all rows step together. P(x) is needed before x's descendants are tested:
-it is set for a node and the chain of first children under it at the moment its preceding sibling is rejected.
+Post-order depends on the tree's shape alone, so all rows step together. P(x) is needed before x's descendants are
+tested: it is set for a node and the chain of first children under it when its preceding sibling is rejected.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def traversal_verification(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Verify a tree bottom-up.
 
-    tokens [B, M] long (-1: no node); parents [M] or [B, M] long, -1 the root; node_q [B, M+1, V]: what the children of the
-    root (0) and of each node (m+1) were drawn from, siblings in index order; target_probs [B, M+1, V].
+    tokens [B, M] long (-1: no node); parents [M] or [B, M] long, -1 the root; node_q [B, M+1, V]: what the children of
+    the root (0) and of each node (m+1) were drawn from, siblings in index order; target_probs [B, M+1, V].
     Returns (path [B, depth] node indices padded with -1, accepted [B], next_token [B]); depth defaults to M.
     Keeps float32 copies of both probability tensors and makes M steps of a few passes over [B, V].
     Raises InputError for shapes, dtypes or devices that do not fit.
     """
-    shape = parents.view(-1, parents.shape[-1])  # [1, M] if all rows share it: then what depends on it is done once
+    shape = torch.atleast_2d(parents)  # [1, M] if all rows share it: then what depends on it is done once
     parents = check_tree(tokens, parents, node_q, target_probs)
     check_generator(generator, tokens.device)
     rows, nodes = tokens.shape

@@ -3,9 +3,10 @@
 Layout: node m of a row carries tokens[m] and hangs under node parents[m] < m; -1 is the root, the last committed token.
 What belongs to the root is at index 0, what belongs to node m at index m + 1. Missing nodes have token -1.
 
-`walk_deterministic`: the target's token at each node is given (an argmax, argmax(log p + Gumbel), a draw from p) and the
-walk follows it: exact for any tree. `walk_recursive`: recursive rejection among the children at each level (SpecInfer
-2305.09781, RSD 2402.14160, Sequoia 2402.12374): exact for children drawn from a distribution, and it accepts more.
+`walk_deterministic`: the target's token at each node is given (an argmax, argmax(log p + Gumbel), a draw from p) and
+the walk follows it: exact for any tree. `walk_recursive`: recursive rejection among the children at each level
+(SpecInfer 2305.09781, RSD 2402.14160, Sequoia 2402.12374): exact for children drawn from a distribution, and it
+accepts more.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def walk_deterministic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Follow the tokens the target chose, for as long as some child carries them.
 
-    tokens [B, M] long; parents [M] or [B, M] long; target_tokens [B, M+1] long: the target's token at the root and after
-    each node. depth: the depth of the tree or more (default M); it is the width of the path.
+    tokens [B, M] long; parents [M] or [B, M] long; target_tokens [B, M+1] long: the target's token at the root and
+    after each node. depth: the depth of the tree or more (default M); it is the width of the path.
     Returns (path [B, depth] node indices padded with -1, accepted [B], next_token [B]).
     Of siblings with one token the first counts. Raises InputError for shapes, dtypes or devices that do not fit.
     """
@@ -64,10 +65,10 @@ def walk_recursive(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recursive rejection level by level.
 
-    tokens [B, M] long; parents [M] or [B, M] long; node_q [B, M+1, V]: the distribution the children of the root (0) and
-    of each node (m+1) were drawn from, siblings drawn in index order, with or without replacement;
-    target_probs [B, M+1, V]. depth, children: at least the depth of the tree and the most children of a node; both default
-    to M, which is right but slow (the walk makes depth × children steps of a few passes over [B, V]).
+    tokens [B, M] long; parents [M] or [B, M] long; node_q [B, M+1, V]: the distribution the children of the root (0)
+    and of each node (m+1) were drawn from, siblings drawn in index order, with or without replacement;
+    target_probs [B, M+1, V]. depth, children: at least the depth of the tree and the most children of a node; both
+    default to M, which is right but slow (the walk makes depth x children steps of a few passes over [B, V]).
     Returns (path [B, depth] node indices padded with -1, accepted [B], next_token [B]).
     Raises InputError for shapes, dtypes or devices that do not fit.
     """

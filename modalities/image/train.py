@@ -1,12 +1,13 @@
 """Training the image sample: a small `transformers` Janus model that draws 64x64 emoji from a short caption.
 
-Two stages, each resumable from the checkpoint it writes every few minutes:
+Three stages, each resumable from the checkpoint it writes every few minutes:
 
-1. `train_vq`   the image tokenizer, a `JanusVQVAE`: 64x64 pixels <-> 16x16 tokens from a codebook of 512;
-2. `train_lm`   the language model over caption and image tokens, in exactly the format that
-                `JanusForConditionalGeneration.generate(generation_mode="image")` presents when sampling.
+1. `train_vq`       the image tokenizer, a `JanusVQVAE`: 64x64 pixels <-> 16x16 tokens from a codebook of 512;
+2. `train_lm`       the language model over caption and image tokens, in exactly the format that
+                    `JanusForConditionalGeneration.generate(generation_mode="image")` presents when sampling;
+3. `train_decoder`  the tokenizer's decoder alone, on the style that is drawn.
 
-`train` runs both and exports the sample; `polyspec task=train modality=image` calls it.
+`train` runs all and exports the sample; `polyspec task=train modality=image` calls it.
 """
 
 import logging
@@ -306,11 +307,11 @@ class SphericalCodebook(nn.Module):
         return len(dead)
 
 
-def reconstruction_loss(x: Tensor, y: Tensor, config: VQConfig) -> Tensor:
+def reconstruction_loss(x: Tensor, y: Tensor, l1: float, gradient: float) -> Tensor:
     """Squared error + l1 * absolute error + gradient * absolute error of the finite differences; x, y [B,3,H,W]."""
     error = y - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.square().mean() + config.l1 * error.abs().mean() + config.gradient * edges
+    return error.square().mean() + l1 * error.abs().mean() + gradient * edges
 
 
 def train_vq(data: DataConfig, config: VQConfig, output: Path) -> JanusVQVAE:
@@ -339,7 +340,7 @@ def train_vq(data: DataConfig, config: VQConfig, output: Path) -> JanusVQVAE:
         with torch.autocast(x.device.type, torch.bfloat16):
             y = model.decoder(model.post_quant_conv(z + (code - z).detach()))
         y = y.float()
-        loss = reconstruction_loss(x, y, config) + config.commitment * commitment
+        loss = reconstruction_loss(x, y, config.l1, config.gradient) + config.commitment * commitment
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -481,6 +482,12 @@ DRAWN = (  # kinds of things people ask for by name
     *("transport-ground", "transport-air", "transport-water"),
 )
 
+DRAWN_TOO = (
+    *("soccer ball", "basketball", "trophy", "Christmas tree", "jack-o-lantern", "balloon", "wrapped gift", "guitar"),
+    *("violin", "drum", "key", "candle", "light bulb", "open book", "camera", "crown", "bell", "house", "castle"),
+    *("volcano", "snow-capped mountain", "desert island", "top hat", "glasses", "alarm clock", "hourglass done"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LMConfig:
@@ -489,6 +496,7 @@ class LMConfig:
     budget: Budget = field(default_factory=lambda: Budget(minutes=66))
     styles: tuple[str, ...] = ("twemoji",)  # what it draws: flat colours are learnt soonest
     subgroups: tuple[str, ...] | None = DRAWN  # None: all the tokenizer was trained on
+    names: tuple[str, ...] = DRAWN_TOO  # pictures of other subgroups
     batch: int = 6
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
@@ -603,8 +611,9 @@ def lm_rows(pictures: Pictures, config: LMConfig) -> tuple[Tensor, Tensor]:
     """Row numbers of the pictures to train on and of those held out, among those the language model is to draw."""
     drawn = torch.tensor(
         [
-            style in config.styles and (config.subgroups is None or subgroup in config.subgroups)
-            for style, subgroup in zip(pictures.styles, pictures.subgroups, strict=True)
+            style in config.styles
+            and (config.subgroups is None or subgroup in config.subgroups or caption in config.names)
+            for caption, style, subgroup in zip(pictures.captions, pictures.styles, pictures.subgroups, strict=True)
         ]
     )
     return (drawn & ~pictures.test).nonzero().flatten(), (drawn & pictures.test).nonzero().flatten()
@@ -668,6 +677,63 @@ def train_lm(data: DataConfig, config: LMConfig, output: Path) -> JanusForCondit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# stage 3: sharper pictures from the same codes
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Further training of the tokenizer's decoder alone, on the styles the language model draws."""
+
+    budget: Budget = field(default_factory=lambda: Budget(minutes=8))
+    batch: int = 12
+    learning_rate: float = 1e-3
+    l1: float = 1.0
+    gradient: float = 0.5
+    checkpoint_minutes: float = 2.0
+    seed: int = 0
+
+
+def train_decoder(data: DataConfig, config: DecoderConfig, styles: Iterable[str], output: Path) -> JanusVQVAE:
+    """Train the decoder of `output/vq.pt`, or continue from `output/decoder.pt`: no code changes, only how it looks.
+
+    What the language model has learnt stays valid, so this may run before, beside or after `train_lm`.
+    """
+    pictures = read_pictures(data)
+    drawn = torch.tensor([style in set(styles) for style in pictures.styles])
+    model = new_vq_model()
+    model.load_state_dict(torch.load(output / "vq.pt", weights_only=True)["model"])
+    train, test = pictures.pixels[drawn & ~pictures.test], pictures.pixels[drawn & pictures.test]
+    train = torch.cat([train, train.flip(-1)])
+    codes, test_codes = encode_pictures(model, train), encode_pictures(model, test)
+    decoding = nn.ModuleDict({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder})
+    optimizer = torch.optim.AdamW(decoding.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+
+    def train_step(step: int, spent: float) -> dict[str, float]:
+        rows = batch_indices(step, len(train), config.batch, config.seed)
+        x = to_model_range(train[rows])
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = model.decode(codes[rows])
+        y = y.float()
+        loss = reconstruction_loss(x, y, config.l1, config.gradient)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoding.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.learning_rate, step, spent)
+        optimizer.step()
+        return {"loss": loss.item(), "psnr": psnr(x, y.detach())}
+
+    @torch.no_grad()
+    def test_numbers() -> dict[str, float]:
+        return {"test psnr": psnr(to_model_range(test), model.decode(test_codes))}
+
+    state = {"model": decoding, "optimizer": optimizer}
+    checkpoints = Checkpoints(output / "decoder.pt", config.checkpoint_minutes, {"batch": config.batch})
+    run_stage("decoder", config.budget, checkpoints, state, train_step, test_numbers)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # export
 
 CARD = """---
@@ -725,6 +791,7 @@ cores.
 | stage | steps | minutes | epochs |
 |---|---|---|---|
 | image tokenizer | {vq_steps} | {vq_minutes:.0f} | {vq_epochs:.1f} |
+| its decoder alone, {drawn} | {decoder_steps} | {decoder_minutes:.0f} | |
 | language model | {lm_steps} | {lm_minutes:.0f} | {lm_epochs:.1f} |
 
 Minutes are of a machine shared with other work.
@@ -733,7 +800,7 @@ Minutes are of a machine shared with other work.
 
 | what | value |
 |---|---|
-| tokenizer, PSNR on the test split | {psnr:.1f} dB |
+| tokenizer, PSNR on the test split | {psnr:.1f} dB ({drawn} alone: {drawn_psnr:.1f} dB) |
 | codes in use, entropy | {codes} of 512, {bits:.1f} of 9 bits |
 | language model, training pictures, nats a token | {train_loss:.2f} |
 | language model, test pictures (names never seen), nats a token | {test_loss:.2f} |
@@ -754,6 +821,10 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
     vq_state = torch.load(output / "vq.pt", weights_only=True)
     lm_state = torch.load(output / "lm.pt", weights_only=True)
     model.load_state_dict(lm_state["model"])
+    decoder_state = {"step": 0, "seconds": 0.0}
+    if (output / "decoder.pt").exists():
+        decoder_state = torch.load(output / "decoder.pt", weights_only=True)
+        model.model.vqmodel.load_state_dict(decoder_state["model"], strict=False)
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -769,8 +840,11 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
         prompts = [list(captions.ids[row][1]) for row in rows.tolist()]
         return ImageObjective(model)(*pad_prompts(prompts), tokens[rows], tokens[rows]).mean().item()
 
+    drawn = torch.tensor([style in lm.styles for style in pictures.styles])[pictures.test]
+    decoded = vq.decode(tokens[pictures.test])
     figures = {
-        "psnr": psnr(to_model_range(held_out), vq.decode(tokens[pictures.test])),
+        "psnr": psnr(to_model_range(held_out), decoded),
+        "drawn_psnr": psnr(to_model_range(held_out[drawn]), decoded[drawn]),
         "codes": int((use > 0).sum()),
         "bits": -(use * use.clamp(min=1e-9).log2()).sum().item(),
         "train_loss": loss(train[:: max(1, len(train) // len(test))]),
@@ -789,6 +863,8 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
         vq_steps=vq_state["step"],
         vq_minutes=vq_state["seconds"] / 60,
         vq_epochs=vq_state["step"] * vq_state["batch"] / seen,
+        decoder_steps=decoder_state["step"],
+        decoder_minutes=decoder_state["seconds"] / 60,
         lm_steps=lm_state["step"],
         lm_minutes=lm_state["seconds"] / 60,
         lm_epochs=lm_state["step"] * lm_state["batch"] / len(train),
@@ -800,13 +876,14 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
 
 
 def train(config: Mapping[str, Any]) -> dict[str, float]:
-    """Both stages and the export, as `conf/train/image.yaml` describes them; run again, it continues where it stopped.
+    """All stages and the export, as `conf/train/image.yaml` describes them; run again, it continues where it stopped.
 
-    `config` holds `data`, `vq` and `lm` (Hydra nodes of the dataclasses above), `output`, a folder for checkpoints, and
-    `export`, the folder for the finished sample. Returns the figures of the model card.
+    `config` holds `data`, `vq`, `lm` and `decoder` (Hydra nodes of the dataclasses above), `output`, a folder for
+    checkpoints, and `export`, the folder for the finished sample. Returns the figures of the model card.
     """
     parts = hydra.utils.instantiate(config, _convert_="all")
     output = Path(parts["output"])
     train_vq(parts["data"], parts["vq"], output)
     train_lm(parts["data"], parts["lm"], output)
+    train_decoder(parts["data"], parts["decoder"], parts["lm"].styles, output)
     return export_sample(parts["data"], parts["lm"], output, Path(parts["export"]))

@@ -27,6 +27,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -34,7 +35,14 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from polyspec.errors import CheckpointError, unknown
 
@@ -243,7 +251,7 @@ def _size(folder: Path) -> int:
 
 def _convert(source: Path, gguf_file: str | None, target: Path) -> None:
     """Writes the model (bfloat16 safetensors) and the tokenizer of `source` to `target`."""
-    kwargs = {} if gguf_file is None else {"gguf_file": gguf_file}
+    kwargs: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", model_max_length=CONTEXT, **kwargs)
     if gguf_file is not None:
         _complete_tokenizer(tokenizer)
@@ -255,7 +263,7 @@ def _convert(source: Path, gguf_file: str | None, target: Path) -> None:
     weights.chmod((target / "config.json").stat().st_mode)  # safetensors writes 0600; a shared cache is read by others
 
 
-def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def _complete_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     """What the GGUF loader leaves out: every digit stands alone, and all control tokens are special."""
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

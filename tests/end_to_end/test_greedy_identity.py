@@ -66,6 +66,15 @@ def plain(model: PreTrainedModel, given: dict[str, Tensor], **options: Any) -> A
     return model.generate(**given, **{"do_sample": False, "max_new_tokens": NEW_TOKENS, **options})
 
 
+def refuses(recipe: Recipe, family: str) -> bool:
+    """Whether the recipe drafts trees, which takes position ids, and the family has none: it must say so, then."""
+    if family != "t5" or any(kind in str(recipe.config.loop) for kind in (".Chain", ".Jacobi")):
+        return False
+    with pytest.raises(polyspec.UnsupportedModelError, match="position ids"):
+        run(recipe, target(family), inputs(family, 1))
+    return True
+
+
 def run(
     recipe: Recipe,
     model: PreTrainedModel,
@@ -85,8 +94,8 @@ def run(
 @pytest.mark.parametrize("family", FAMILIES)
 @by_name(EXACT)
 def test_greedy_tokens_are_those_of_generate_for_one_row(recipe: Recipe, family: str) -> None:
-    expected = reference(family, 1)
-    assert torch.equal(run(recipe, target(family), inputs(family, 1)), expected)
+    if not refuses(recipe, family):
+        assert torch.equal(run(recipe, target(family), inputs(family, 1)), reference(family, 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,7 +107,8 @@ def test_greedy_tokens_are_those_of_generate_for_ragged_rows_that_end_at_differe
     expected = plain(target(family), inputs(family, 4), eos_token_id=ends)
     stops = {int((row[-NEW_TOKENS:] == 0).sum()) for row in expected}
     assert len(stops) > 1, "the batch should hold rows of several lengths"
-    assert torch.equal(run(recipe, target(family), inputs(family, 4), eos_token_id=ends), expected)
+    if not refuses(recipe, family):
+        assert torch.equal(run(recipe, target(family), inputs(family, 4), eos_token_id=ends), expected)
 
 
 @pytest.mark.parametrize("family", DECODER_ONLY)
@@ -126,10 +136,8 @@ def test_greedy_tokens_are_those_of_generate_under_guidance_with_ragged_negative
 def test_history_dependent_processors_see_every_drafted_prefix(recipe: Recipe) -> None:
     model = target("llama")
     for options in (
-        {"repetition_penalty": 1.3},
-        {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 12, "eos_token_id": eos_ids("llama")},
-        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[5], [13, 56]]},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"min_new_tokens": 12, "eos_token_id": eos_ids("llama"), "bad_words_ids": [[5], [13, 56]]},
         {"forced_eos_token_id": 1, "exponential_decay_length_penalty": (6, 1.1)},
     ):
         expected = plain(model, prompts(4), **options)
@@ -252,7 +260,6 @@ def test_a_single_new_token_and_a_single_prompt_token_are_enough(recipe: Recipe)
 def test_a_draft_model_with_a_padded_vocabulary_changes_nothing(recipe: Recipe, vocab: int) -> None:
     drafter = noisy_copy(target("llama"), 0.1)
     drafter.resize_token_embeddings(vocab, mean_resizing=False)
-    got = run(recipe, target("llama"), prompts(4), knobs=None, **{})
     fast = polyspec.custom_generate(recipe.name, draft_model=drafter, length=4)
     got = plain(target("llama"), prompts(4), custom_generate=fast)
     assert torch.equal(got, reference("llama", 4))
@@ -266,11 +273,8 @@ def test_any_draft_model_gives_the_same_tokens(recipe: Recipe) -> None:
         "the target itself": lambda: model,
         "another family": lambda: build("gpt2", seed=5),
         "a sliding window": lambda: build("mistral", seed=5),
-        "no position ids": lambda: build("t5", seed=5),
     }
     for name, make in drafters.items():
-        if name == "no position ids":
-            continue
         fast = polyspec.custom_generate(recipe.name, draft_model=make(), length=4)
         got = plain(model, prompts(4), custom_generate=fast)
         assert torch.equal(got, reference("llama", 4)), name

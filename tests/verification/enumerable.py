@@ -72,9 +72,7 @@ def sequence_probs(model: Model) -> Tensor:
     return joint
 
 
-def complete(
-    model: Model, kept: Tensor, accepted: Tensor, next_token: Tensor, generator: torch.Generator
-) -> Tensor:
+def complete(model: Model, kept: Tensor, accepted: Tensor, next_token: Tensor, generator: torch.Generator) -> Tensor:
     """Sequences [R] (as numbers in base V): accepted tokens of kept [R, >=N], the next token, then plain sampling."""
     prefix = torch.zeros_like(next_token)
     for step in range(model.length + 1):
@@ -135,8 +133,10 @@ def draw_tree(
     return torch.stack(tokens, 1), torch.stack(node_q, 1), torch.stack(p, 1)
 
 
-def tree_fit(walk: Callable[..., tuple[Tensor, Tensor, Tensor]], model: Model, parents: list[int], seed: int, **knobs):
-    """(p-value, mean accepted) of a tree rule `walk(tokens, parents, node_q, target_probs, replacement=, generator=)`."""
+def tree_fit(
+    walk: Callable[..., tuple[Tensor, Tensor, Tensor]], model: Model, parents: list[int], seed: int, **knobs
+) -> tuple[float, float]:
+    """(p-value, mean accepted) of a rule `walk(tokens, parents, node_q, target_probs, replacement=, generator=)`."""
     generator = torch.Generator().manual_seed(seed)
     tokens, q, p = draw_tree(model, parents, ROWS, generator, knobs.get("replacement", False))
     path, accepted, next_token = walk(tokens, torch.tensor(parents), q, p, generator=generator, **knobs)

@@ -52,7 +52,7 @@ def greedy_plus_one_candidates(q, k):
 EXACT = {
     "recursive with replacement": (partial(v.recursive_rejection, replacement=True), with_replacement, 3),
     "recursive without replacement": (partial(v.recursive_rejection, replacement=False), without_replacement, 3),
-    "recursive, more candidates than tokens": (partial(v.recursive_rejection, replacement=False), without_replacement, 7),
+    "recursive, more than there are": (partial(v.recursive_rejection, replacement=False), without_replacement, 7),
     "kseq": (v.kseq, with_replacement, 3),
     "kseq, one candidate": (v.kseq, with_replacement, 1),
     "kseq, rho not solved for": (partial(v.kseq, bisections=0), with_replacement, 3),
@@ -96,7 +96,7 @@ def test_deterministic_candidates_are_accepted_when_the_target_draws_them():
     tokens = torch.tensor([[4, 1, 0]]).expand(ROWS, -1)
     verdict = v.recursive_rejection(p.expand(ROWS, -1), tokens, None, replacement=False)
     assert abs(float((verdict.accepted > 0).float().mean()) - float(p[[4, 1, 0]].sum())) < 0.01
-    assert step_fit(partial(_one_hot_candidates), tokens, p, p) > FAILS
+    assert step_fit(_one_hot_candidates, tokens, p, p) > FAILS
 
 
 def _one_hot_candidates(p, tokens, q, *, generator):

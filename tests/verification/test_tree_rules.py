@@ -138,11 +138,11 @@ def test_shapes_that_differ_by_row_give_the_same_law_as_one_by_one():
 
 def test_given_bounds_on_depth_and_children_change_nothing():
     model = random_model(2, vocab=4, length=2)
-    tokens, q, p = draw_tree(model, SHAPES["depth first, uneven"], 500, torch.Generator().manual_seed(0), replacement=False)
-    parents = torch.tensor(SHAPES["depth first, uneven"])
-    bounded = v.walk_recursive(
-        tokens, parents, q, p, depth=2, children=3, generator=torch.Generator().manual_seed(1)
+    tokens, q, p = draw_tree(
+        model, SHAPES["depth first, uneven"], 500, torch.Generator().manual_seed(0), replacement=False
     )
+    parents = torch.tensor(SHAPES["depth first, uneven"])
+    bounded = v.walk_recursive(tokens, parents, q, p, depth=2, children=3, generator=torch.Generator().manual_seed(1))
     assert bounded[0].shape == (500, 2)
     assert int(bounded[1].max()) == 2
 

@@ -11,7 +11,7 @@ from polyspec.verification.sampling import at_position, at_tokens, leading
 
 def _chain(draft_tokens, draft_probs, target_probs, generator, accept=None, emit=None) -> Verdict:
     """Speculative sampling with one step replaced: accept(u, p, q) [B, N], emit(p, q, all_passed) [B, V] weights."""
-    rows, length = draft_tokens.shape
+    length = draft_tokens.shape[1]
     q_all = draft_probs
     if q_all is None:
         q_all = torch.nn.functional.one_hot(draft_tokens, target_probs.shape[-1]).float()
@@ -46,9 +46,7 @@ def resample_the_wrong_way_round(x, q, p, *, generator=None):
 
 def bonus_from_q(x, q, p, *, generator=None):
     """The token after a full acceptance comes from the drafter's last distribution."""
-    return _chain(
-        x, q, p, generator, emit=lambda p, q, passed: torch.where(passed, q, (p - q).clamp(min=0))
-    )
+    return _chain(x, q, p, generator, emit=lambda p, q, passed: torch.where(passed, q, (p - q).clamp(min=0)))
 
 
 def bonus_from_the_last_position(x, q, p, *, generator=None):
@@ -89,7 +87,7 @@ def one_uniform_for_all_positions(x, q, p, *, generator=None):
 
 def accept_after_a_rejection(x, q, p, *, generator=None):
     """Counts accepted tokens instead of leading ones."""
-    rows, length = x.shape
+    length = x.shape[1]
     p_x, q_x = at_tokens(p[:, :length], x), at_tokens(q, x)
     accepted = (torch.rand(p_x.shape, generator=generator) * q_x < p_x).sum(1)
     return Verdict(accepted, sample(at_position(p, accepted), generator))
