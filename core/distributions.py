@@ -79,6 +79,9 @@ class Processing:
 class Draws(Protocol):
     """How tokens are drawn from scores, and so how drafts are checked."""
 
+    fixed_rounds: bool
+    """Whether the same seed gives the same output only if rounds are cut alike: length policies then ignore the clock."""
+
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Tokens `[B, T]` from scores `[B, T, V]` at absolute positions `[B, T]`."""
         ...
@@ -109,6 +112,8 @@ class Draws(Protocol):
 class Greedy:
     """Temperature 0: the highest score; the rule's greedy form checks drafts."""
 
+    fixed_rounds = False
+
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return scores.argmax(-1)
 
@@ -133,11 +138,12 @@ class Greedy:
 class Independent:
     """Fresh randomness for every draw, from one torch.Generator: drafts are checked by the recipe's rule.
 
-    seeds `[B]`: for rules that share Gumbel noise between rounds (SCD-GS)."""
+    seeds `[B]`: for rules that share Gumbel noise between rounds (SCD-GS). fixed_rounds: a seed was given."""
 
-    def __init__(self, generator: torch.Generator, seeds: Tensor):
+    def __init__(self, generator: torch.Generator, seeds: Tensor, fixed_rounds: bool = True):
         self.generator = generator
         self.seeds = seeds
+        self.fixed_rounds = fixed_rounds
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return sample(scores.softmax(-1), generator=self.generator)
@@ -174,6 +180,8 @@ class Independent:
 class Coupled:
     """Gumbel noise fixed by (row seed, position, token): drafter and target share it, and a draft is right if it is
     what the target draws with the same noise. The output is the plain loop's, token for token."""
+
+    fixed_rounds = False
 
     def __init__(self, seeds: Tensor):
         self.seeds = seeds

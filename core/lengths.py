@@ -128,87 +128,116 @@ class Thompson(Fixed):
                 self.rejected += gain - 1 < proposed
 
 
-# seconds of a target call by number of tokens, measured once per (model, dtype, device, streams)
-_COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[int, float]]] = weakref.WeakKeyDictionary()
+# time of a target call by number of tokens, in calls of one token; measured once per (model, dtype, device, streams)
+_COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], dict[int, float]]] = (
+    weakref.WeakKeyDictionary()
+)
 SIZES = (1, 2, 3, 5, 9, 17, 33)
+NOMINAL_CALL = 0.03  # what one more token adds to a target call, in calls of one token
+NOMINAL_DRAFT = 0.1  # what drafting a token costs
 
 
-def call_costs(context: Context) -> dict[int, float]:
-    """Seconds of a forward of 1, 2, 3, 5, 9, … tokens behind the present cache: the fastest of three, cached a model."""
+def call_costs(context: Context, most: int) -> dict[int, float]:
+    """What forwards of 1, 2, 3, 5, 9, … tokens cost, up to `most`, behind the present cache, in forwards of one token.
+
+    Three interleaved passes, the fastest counts; measured once a model and process. Ratios, because a machine's speed
+    drifts more than they do.
+    """
     target = context.target
-    kept = context.sequences.cached
-    streams = len(target.cache_lengths)
-    bucket = int(np.log2(max(max(kept), 1) + 64))  # cost grows slowly with the context: measured anew each doubling
-    known = _COSTS.setdefault(target.model, {}).setdefault((str(target.model.dtype), str(target.device), streams, bucket), {})
-    if not known:
-        token = context.sequences.tail(1)
-        for repeat in range(3):
-            for size in SIZES:
+    key = (str(target.model.dtype), str(target.device), len(target.cache_lengths))
+    known = _COSTS.setdefault(target.model, {}).setdefault(key, {})
+    sizes = [n for n in SIZES if n < 2 * most]
+    if not set(sizes) <= set(known):
+        token, kept = context.sequences.tail(1), context.sequences.cached
+        seconds = dict.fromkeys(sizes, float("inf"))
+        for _ in range(3):
+            for size in sizes:
                 start = time.perf_counter()
                 logits = target.forward(token.expand(-1, size)).logits
                 context.processing.scores(logits, context.sequences, token.expand(-1, size - 1))[0, 0, 0].item()
-                spent = time.perf_counter() - start
-                known[size] = spent if repeat == 0 else min(known[size], spent)
+                seconds[size] = min(seconds[size], time.perf_counter() - start)
                 target.rollback(kept)
+        known.update({n: s / seconds[1] for n, s in seconds.items()})
     return known
 
 
 class Auto(Fixed):
-    """Picks the length that yields most tokens a second, zero included.
+    """Picks the length that yields most tokens for the time, zero included.
 
-    Acceptance is learnt online, per position in the draft (a discounted count of how often position i was kept given
-    that everything before it was); the target's cost of 1, 2, 4, … tokens is measured once a model; the drafter's cost
-    is measured as it runs. Expected tokens of length n: 1 + Σ_{i≤n} Π_{j≤i} α_j. While zero wins, a short draft is
-    tried now and then, at intervals that double, so that a workload that turns predictable is noticed.
+    Acceptance is learnt online, per position in the draft: a discounted count of how often position i was kept given
+    that everything before it was. The target's cost of 1, 2, 4, … tokens is measured once a model; the drafter's is
+    taken as it runs, relative to the target's in the same round. Expected tokens of length n: 1 + Σ_{i≤n} Π_{j≤i} α_j.
+    While zero wins, one short draft is tried now and then, at intervals that double, so that a workload that turns
+    predictable is noticed.
+
+    Where the output depends on how rounds are cut and a seed was given, so that it has to come out the same again, costs
+    are the nominal ones (`NOMINAL_CALL`, `NOMINAL_DRAFT`) and nothing is carried over from earlier runs.
     """
 
-    def __init__(self, length: int = 16, decay: float = 0.95):
+    def __init__(self, length: int = 16, decay: float = 0.98):
         super().__init__(length)
+        if not 0 < decay <= 1:
+            raise ConfigError(f"decay must lie in (0, 1], got {decay!r}")
         self.decay = decay
+        self.kept, self.tried = np.zeros(self.length), np.zeros(self.length)
+        self.draft = np.zeros(5)  # discounted sums of 1, n, n², cost, n·cost over rounds with a draft
 
     def begin(self, context: Context) -> None:
         self.context = context
-        self.costs: dict[int, float] | None = None
-        self.kept = np.full(self.length, 1.2)
-        self.tried = np.full(self.length, 2.0)
-        self.draft_cost: float | None = None  # seconds of a draft: fixed part and a token's share, by least squares
-        self.per_token = 0.0
-        self.last_seconds = 0.0
-        self.pause, self.wait = 0, 8
+        self.nominal = context.draws.fixed_rounds
+        self.curve: np.ndarray | None = 1 + NOMINAL_CALL * np.arange(self.length + 1) if self.nominal else None
+        # what earlier runs taught is a start, worth ten rounds at most
+        trust = 0.0 if self.nominal else min(1.0, 10 / max(self.draft[0], 1e-9))
+        self.kept, self.tried, self.draft = self.kept * trust, self.tried * trust, self.draft * trust
+        self.before = (0.0, 0.0)
+        self.pause, self.wait = 0, 4
 
     def next(self) -> int:
-        if self.costs is None:
-            self.costs = call_costs(self.context)
-            self.curve = np.interp(np.arange(1, self.length + 2), list(self.costs), list(self.costs.values()))
+        stats = self.context.stats
+        self.before = (stats.draft_seconds, stats.target_seconds)
+        if self.curve is None:
+            costs = call_costs(self.context, self.length + 1)
+            sizes = sorted(costs)
+            self.curve = np.interp(np.arange(1, self.length + 2), sizes, [costs[n] for n in sizes])
         if self.pause > 0:
             self.pause -= 1
             return 0
-        alpha = self.kept / self.tried
-        tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(alpha))])
         count = np.arange(self.length + 1)
-        seconds = self.curve + np.where(count > 0, (self.draft_cost or 0.0) + self.per_token * count, 0.0)
-        best = int(np.argmax(tokens / seconds))
+        tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(self.acceptance()))])
+        best = int(np.argmax(tokens / (self.curve + np.where(count > 0, self.draft_cost(count), 0.0))))
         if best == 0:
-            self.pause, self.wait = self.wait, min(self.wait * 2, 128)
+            self.pause, self.wait = self.wait, min(self.wait * 2, 256)
             return 1
-        self.wait = 8
+        self.wait = 4
         return best
 
+    def acceptance(self) -> np.ndarray:
+        """α_i of every position: its own rate, drawn to the rate of all (0.7 before anything is known)."""
+        common = (self.kept.sum() + 0.7) / (self.tried.sum() + 1)
+        return (self.kept + 2 * common) / (self.tried + 2)
+
+    def draft_cost(self, count: np.ndarray) -> np.ndarray:
+        """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
+        if self.nominal:
+            return NOMINAL_DRAFT * count
+        weight, n, nn, cost, n_cost = self.draft
+        if weight == 0:
+            return np.zeros(len(count))
+        # a little of the data's own proportional line keeps the slope where all drafts had one length
+        slope = (n_cost - n * cost / weight + 0.1 * cost * n / weight) / (nn - n * n / weight + 0.1 * n * n / weight)
+        slope = min(max(slope, 0.0), cost / n)
+        return np.maximum(cost / weight + slope * (count - n / weight), 0.0)
+
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
-        if not proposed:
-            self.last_seconds = stats.draft_seconds
-            return
-        spent, self.last_seconds = stats.draft_seconds - self.last_seconds, stats.draft_seconds
-        if stats.target_calls > 1:  # the first round's draft includes its own start-up
-            share = spent / proposed
-            self.per_token = share if not self.per_token else 0.8 * self.per_token + 0.2 * share
         accepted = np.array([g - 1 for g in gained if g])
         reach = min(proposed, self.length)
+        if not reach or self.curve is None or not len(accepted):
+            return
+        drafting, scoring = stats.draft_seconds - self.before[0], stats.target_seconds - self.before[1]
+        cost = drafting / max(scoring, 1e-9) * self.curve[reach]
+        self.draft = self.draft * self.decay + np.array([1.0, reach, reach**2, cost, reach * cost])
+        position = np.arange(reach)[:, None]
         self.kept *= self.decay
         self.tried *= self.decay
-        for i in range(reach):
-            self.tried[i] += np.sum(accepted >= i)
-            self.kept[i] += np.sum(accepted > i)
-        # positions beyond the draft share the rate of what was seen, so that growing is never ruled out
-        rate = (self.kept[:reach].sum() + 0.6) / (self.tried[:reach].sum() + 1)
-        self.kept[reach:] = rate * self.tried[reach:]
+        self.tried[:reach] += (accepted >= position).mean(1)
+        self.kept[:reach] += (accepted > position).mean(1)

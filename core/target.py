@@ -145,7 +145,8 @@ class Target:
         if self.guidance is not None:
             # an unconditional row has another prompt, and so another length, but the same generated tokens
             grown = [new - old for new, old in zip(lengths, self.cache.lengths, strict=False)]
-            lengths = [*lengths, *(n + g for n, g in zip(self.cache.lengths[len(lengths) :], grown, strict=True))]
+            others = zip(self.cache.lengths[len(lengths) :], grown, strict=True)
+            lengths = [*lengths, *(max(n + g, 0) for n, g in others)]
         self.cache.rollback(lengths)
 
     def keep_path(self, path: Tensor) -> None:

@@ -60,7 +60,7 @@ class Drafter(Protocol):
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
         """After a round: hidden states `[S, T, d]` of the last committed token and its drafts, along the accepted
-        path; row b keeps the first `accepted[b] + 1` of them. Not called when nothing was drafted or kept."""
+        path; row b keeps the first `accepted[b] + 1` of them. Called after plain rounds too."""
         ...
 
 

@@ -69,6 +69,7 @@ class DraftModel:
         self.draft_target.prefill(
             self.to_own(prompt), mask.to(self.draft_target.device), capacity=s.limit + 32, **self.encoded()
         )
+        self.fed = s.cached  # how many of each row's tokens this model has been through, drafts included
 
     def encoded(self) -> dict[str, Any]:
         """What an encoder-decoder model attends to: the target's encoder outputs, as it has none of its own."""
@@ -90,12 +91,13 @@ class DraftModel:
     def propose(self, count: int) -> Draft:
         s, draws = self.context.sequences, self.context.draws
         target = self.draft_target
-        # Two tokens are fed first: after a fully accepted round the last draft has not been through this model yet.
-        # Where it has, its slot is written again with the same values.
+        # What this model has not been through: the last committed token, after a fully accepted round the last draft
+        # too, and whatever was decoded plainly meanwhile. Rows that lack less write some slots again, with equal values
+        # (a row that has finished may not even have that many tokens; what it drafts is not looked at).
+        missing = max(n + 1 - min(n, f) for n, f in zip(s.cached, self.fed, strict=True))
         target.rollback(s.cached)
-        again = min(1, *target.cache_lengths)
-        target.rollback([n - again for n in s.cached])
-        step, positions = s.tail(1 + again), s.positions(count)
+        target.rollback([max(n + 1 - missing, 0) for n in s.cached])
+        step, positions = s.tail(missing), s.positions(count)
         tokens, probs = s.tail(1)[:, :0], []
         for i in range(count):
             logits = target.forward(self.to_own(step)).logits[:, -1:].to(s.device)
@@ -107,6 +109,7 @@ class DraftModel:
             probs.append(draws.draft_probs(scores))
             if not self.context.length.keep_drafting(scores):
                 break
+        self.fed = [n + tokens.shape[1] for n in s.cached]
         return Draft(tokens, None if probs[0] is None else torch.cat(probs, dim=1))
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:

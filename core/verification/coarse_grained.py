@@ -30,10 +30,19 @@ from polyspec.verification.sampling import at_position, draft_row, leading, samp
 
 @dataclass(frozen=True, slots=True)
 class TokenGroups:
-    """Groups of tokens, overlapping or not; every token is in at least one. Absent entries are -1."""
+    """Groups of tokens, overlapping or not; every token is in at least one.
+
+    Absent entries are given as -1 and kept as V in `members`, as G in `containing`: the index of a zero at the end.
+    """
 
     members: Tensor  # [G, m] long: the tokens of each group
     containing: Tensor  # [V, s] long: the groups of each token, S(t)
+
+    def __post_init__(self) -> None:
+        for name, end in (("members", len(self.containing)), ("containing", len(self.members))):
+            table = getattr(self, name)
+            check_ids(f"groups.{name}", table, 2)
+            object.__setattr__(self, name, torch.where(table < 0, end, table))
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> TokenGroups:
@@ -87,13 +96,10 @@ def coarse_grained(
     """Verify a chain at the level of token groups.
 
     draft_tokens [B, N] long, drawn from draft_probs [B, N, V] (None: a deterministic draft, q one-hot);
-    target_probs [B, N+1, V]; groups over the same V. The last step works on all groups of one position a row:
-    [B, G, m] and [B, V, s] numbers.
+    target_probs [B, N+1, V]; groups over the same V.
     Raises InputError for shapes, dtypes or devices that do not fit.
     """
     rows, length, vocab = check_chain(draft_tokens, draft_probs, target_probs, generator)
-    check_ids("groups.members", groups.members, 2)
-    check_ids("groups.containing", groups.containing, 2)
     if groups.containing.shape[0] != vocab or groups.members.device != draft_tokens.device:
         raise InputError(
             f"groups must cover V={vocab} tokens on {draft_tokens.device}, "
@@ -101,10 +107,11 @@ def coarse_grained(
         )
     if length == 0:
         return Verdict(draft_tokens.new_zeros(rows), sample(target_probs[:, 0].float(), generator))
-    share = 1 / (groups.containing >= 0).sum(-1).float()  # 1 / |S(t)|
+    count = len(groups.members)
+    share = 1 / (groups.containing < count).sum(-1).float()  # 1 / |S(t)|
 
-    listed = groups.containing[draft_tokens]  # S(x), entries in no particular place: rank them before the draw
-    order = (listed >= 0).float().mul_(torch.rand(listed.shape, generator=generator, device=listed.device) + 1)
+    listed = groups.containing[draft_tokens]  # S(x)
+    order = (listed < count) * (1 + uniform(listed, generator))
     group = listed.gather(-1, order.argmax(-1, keepdim=True)).squeeze(-1)  # uniform on S(x)
     members = groups.members[group]  # [B, N, m]
     p_group = _mass(target_probs[:, :length], members, share)
@@ -113,18 +120,24 @@ def coarse_grained(
 
     p = at_position(target_probs, accepted)
     q = draft_row(draft_tokens, draft_probs, accepted, vocab)  # zero after a full acceptance: weights are then p
-    p_c, q_c = (_padded(row * share)[:, groups.members].sum(-1) for row in (p, q))
+    p_c, q_c = _sums(groups.members, torch.cat([p, q]) * share).chunk(2)
     keep = torch.where(p_c > 0, 1 - q_c / p_c, 0).clamp(min=0)  # [B, G]
-    weights = p * share * _padded(keep)[:, groups.containing].sum(-1)
+    weights = p * share * _sums(groups.containing, keep)
     return Verdict(accepted, sample(weights, generator, fallback=p))
 
 
 def _mass(probs: Tensor, members: Tensor, share: Tensor) -> Tensor:
     """Σ over members [B, N, m] of probs [B, N, V] / |S(t)| -> [B, N]."""
-    present = members.clamp(min=0)
-    return torch.where(members >= 0, probs.gather(-1, present).float() * share[present], 0).sum(-1)
+    present = members.clamp(max=len(share) - 1)
+    return torch.where(members < len(share), probs.gather(-1, present).float() * share[present], 0).sum(-1)
 
 
-def _padded(values: Tensor) -> Tensor:
-    """A zero column at the end, which index -1 finds."""
-    return torch.nn.functional.pad(values, (0, 1))
+def _sums(table: Tensor, values: Tensor) -> Tensor:
+    """Sums over the entries of table [G, m] of values [B, V], with a zero at index V -> [B, G].
+
+    One bag of embeddings per group and one embedding dimension per row reads the table once for all rows.
+    """
+    rows, size = values.shape
+    columns = values.new_zeros(size + 1, rows)
+    columns[:-1] = values.T
+    return torch.nn.functional.embedding_bag(table, columns, mode="sum").T

@@ -24,6 +24,8 @@ from polyspec.verification.checks import check_chain, check_ids, check_scores
 from polyspec.verification.greedy_match import greedy_match, match
 from polyspec.verification.rule import Verdict, rule
 
+CACHED = 1 << 16  # numbers worked on together on a CPU
+
 
 def gumbel_noise(seed: int | Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise for absolute positions [B, T] -> [B, T, vocab] float32, on the positions' device.
@@ -41,12 +43,18 @@ def gumbel_noise(seed: int | Tensor, positions: Tensor, vocab: int) -> Tensor:
             raise InputError(f"seed must be an int or a long tensor [{rows}], not {seed.dtype} {list(seed.shape)}")
     if positions.dim() == 2:
         seeds = seeds.unsqueeze(-1)
-    key = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) ^ positions).unsqueeze(-1)
-    bits = _token_bits(key, vocab)
-
-    u = bits.to(torch.float32).add_(0.5).mul_(2.0**-32)  # signed bits: u in (-1/2, 1/2), moved to (0, 1) below
-    u.add_(u < 0).clamp_(max=1 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
+    key = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) ^ positions)
+    noise = torch.empty(key.numel(), vocab, device=key.device, dtype=torch.float32)
+    # on a CPU a few positions at a time, so that the dozen passes over them stay in the cache
+    chunk = max(1, CACHED // max(1, vocab)) if key.device.type == "cpu" else max(1, key.numel())
+    buffers = torch.empty(2, min(chunk, key.numel()), vocab, device=key.device, dtype=torch.int32)
+    tokens = torch.arange(vocab, device=key.device, dtype=torch.int32).mul_(_signed(0x9E3779B9, 32))
+    for keys, u in zip(key.reshape(-1, 1).split(chunk), noise.split(chunk), strict=True):
+        u.copy_(_token_bits(keys, tokens, *buffers[:, : len(keys)]))
+        u.add_(0.5).mul_(2.0**-32)  # the bits are signed: u in (-1/2, 1/2), of which the lower half moves up by 1
+        u.sub_(u.floor()).clamp_(max=1 - 2.0**-24)
+        u.neg_().log1p_().neg_().log_().neg_()
+    return noise.view(*positions.shape, vocab)
 
 
 def gumbel_argmax(probs: Tensor, noise: Tensor) -> Tensor:
@@ -76,11 +84,13 @@ def gumbel_match(
     return match(draft_tokens, gumbel_argmax(target_probs, noise))
 
 
-def _token_bits(key: Tensor, vocab: int) -> Tensor:
-    """key [..., 1] int64 -> [..., vocab] int32 of uniform bits. Each multiplication wraps at 32 bits, as intended."""
+def _token_bits(key: Tensor, tokens: Tensor, x: Tensor, shifted: Tensor) -> Tensor:
+    """Uniform bits x [K, V] int32 for keys [K, 1] int64 and tokens [V] (v · 0x9E3779B9), in place.
+
+    Products wrap at 32 bits, as intended.
+    """
     low, high = key.to(torch.int32), (key >> 32).to(torch.int32)
-    x = torch.arange(vocab, device=key.device, dtype=torch.int32).mul_(_signed(0x9E3779B9, 32)) ^ low
-    shifted = torch.empty_like(x)
+    torch.bitwise_xor(tokens, low, out=x)
     _xorshift(x, 17, shifted).mul_(_signed(0xED5AD4BB, 32))
     _xorshift(x, 11, shifted).add_(high).mul_(_signed(0xAC4C1B51, 32))
     _xorshift(x, 15, shifted).mul_(_signed(0x31848BAB, 32))

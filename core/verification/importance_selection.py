@@ -47,7 +47,7 @@ def importance_selection(
         raise InputError(f"importance_selection verifies two candidates, not {draft_tokens.shape[1]}")
     p, q = target_probs.float(), draft_probs.float()
     y, kind, score = selection(p, q, steps)
-    u = torch.rand(2, len(p), generator=generator, device=p.device)
+    u = torch.rand(2, len(p), generator=generator, device=p.device, dtype=torch.float32)
     s = score.gather(1, kind.gather(1, draft_tokens))
     second = u[0] >= (0.5 + s[:, 0] - s[:, 1]).clamp(0, 1)
     x = torch.where(second, draft_tokens[:, 1], draft_tokens[:, 0]).unsqueeze(1)
@@ -75,7 +75,7 @@ def _classes(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.arange(vocab, device=p.device).expand(rows, vocab), p, q
     ratio = torch.where(q > 0, p / q, 2).clamp(max=2)
     kind = (ratio * (CLASSES / 2)).long().clamp_(max=CLASSES - 1)
-    empty = torch.zeros(rows, CLASSES, device=p.device)
+    empty = p.new_zeros(rows, CLASSES)
     # the classes may use q's tokens only; p above 2q is out of reach
     return kind, empty.scatter_add(1, kind, torch.minimum(p, 2 * q)), empty.scatter_add(1, kind, q)
 

@@ -68,7 +68,7 @@ def leading(accept: Tensor) -> Tensor:
 
 def uniform(tokens: Tensor, generator: torch.Generator | None) -> Tensor:
     """One uniform number in [0, 1) per token, float32, in the shape of `tokens`."""
-    return torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    return torch.rand(tokens.shape, generator=generator, device=tokens.device, dtype=torch.float32)
 
 
 def draft_row(draft_tokens: Tensor, draft_probs: Tensor | None, accepted: Tensor, vocab: int) -> Tensor:
@@ -78,7 +78,7 @@ def draft_row(draft_tokens: Tensor, draft_probs: Tensor | None, accepted: Tensor
     rejected = (accepted < length).float().unsqueeze(-1)
     if draft_probs is not None:
         return at_position(draft_probs, position) * rejected
-    q = torch.zeros(rows, vocab, device=draft_tokens.device)
+    q = torch.zeros(rows, vocab, device=draft_tokens.device, dtype=torch.float32)
     return q.scatter_(-1, draft_tokens.gather(-1, position.unsqueeze(-1)), rejected)
 
 

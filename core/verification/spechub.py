@@ -62,7 +62,7 @@ def spechub(
     inverse = torch.where(others > 0, 1 / others, 0)
     want = torch.where(hub_first, (p_x - q_x).clamp(min=0), p_x)
     mass = torch.where(hub_first, q_hub * q_x * inverse, q_x)
-    u = torch.rand(2, len(p), generator=generator, device=p.device)
+    u = torch.rand(2, len(p), generator=generator, device=p.device, dtype=torch.float32)
     takes_x = u[0] * mass < want
 
     reach = (q * inverse.unsqueeze(-1)).scatter_(-1, hub.unsqueeze(-1), 0)  # q / (1 - q(a)) off the hub

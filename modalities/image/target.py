@@ -41,7 +41,7 @@ class JanusTarget(Target):
             self.guidance = Guidance(self.guidance_scale, unconditional, mask, guide_logits)
         self.in_prompt = True
         output = super().prefill(tokens, mask, **kwargs)
-        self.prompt_lengths = torch.tensor([n + 1 for n in self.cache_lengths], device=tokens.device)[:, None]
+        self.first_image = torch.tensor(self.prompt_lengths, device=tokens.device)[:, None]
         return output
 
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
@@ -50,7 +50,7 @@ class JanusTarget(Target):
             embeds = self.model.get_input_embeddings()(tokens)
             if keep_logits:  # the first round: the prompt's last token, then image tokens
                 images = self.model.prepare_embeddings_for_image_generation(tokens.clamp(max=self.vocab_size - 1))
-                embeds = torch.where((positions < self.prompt_lengths)[..., None], embeds, images)
+                embeds = torch.where((positions < self.first_image)[..., None], embeds, images)
                 self.in_prompt = False
         else:
             embeds = self.model.prepare_embeddings_for_image_generation(tokens)

@@ -76,7 +76,7 @@ def load_sample(
         raise CheckpointError(
             f"the cached {NAME} in {folder} is damaged ({error}); delete that folder and retry"
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

@@ -145,6 +145,21 @@ def test_other_float_types_work(name, dtype):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_torchs_default_type_changes_nothing(name):
+    """A model loaded under a default of bfloat16 must not leave the rules with 8-bit random numbers."""
+    rule, inputs = one(name)
+    first = rule(*inputs, generator=torch.Generator().manual_seed(3))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        second = rule(*inputs, generator=torch.Generator().manual_seed(3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if isinstance(first, v.Verdict):
+        first, second = (first.accepted, first.next_token), (second.accepted, second.next_token)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_the_same_generator_gives_the_same_verdict(name):
     rule, inputs = one(name)
     first, second = (rule(*inputs, generator=torch.Generator().manual_seed(3)) for _ in range(2))

@@ -1,0 +1,176 @@
+"""What each head is trained for. All objectives see the same batch and return losses and accuracies by name.
+
+A batch has `tokens [B, T]` long, `lengths [B]`, `prompts [B]` and `hidden`, one `[B, T-1, d]` a target layer; rows are
+padded on the right. Only what the target generated is learnt. `layers` are the target's token layers, frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from polyspec.drafting.dflash import DFlashModel
+from polyspec.drafting.eagle import EagleModel
+from polyspec.drafting.heads import TokenLayers
+from polyspec.drafting.medusa import MedusaModel
+
+Batch = dict[str, Any]
+
+
+class Objective(Protocol):
+    """`loss`, which is minimised, and whatever else is worth a log line."""
+
+    last_hidden: bool
+    """Whether the batch must end with the target's last hidden state, beside the layers the head itself reads."""
+
+    def __call__(self, model: Any, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]: ...
+
+
+class DFlashObjective:
+    """Cross-entropy on blocks at random anchors (2602.06036, §3.3).
+
+    Each of `anchors` random positions a row plays the last committed token: its block sees the context before it and
+    itself, all blocks in one forward under one mask. Position i of a block weighs exp(-(i-1)/decay), as an early error
+    wastes what follows; decay defaults to half a block.
+    """
+
+    last_hidden = False
+
+    def __init__(self, anchors: int = 8, decay: float | None = None):
+        self.anchors, self.decay = anchors, decay
+
+    def __call__(self, model: DFlashModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
+        tokens, block = batch["tokens"], model.config.block
+        rows, context = tokens.shape[0], tokens.shape[1] - 1
+        anchors = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, self.anchors)  # [B, A]
+        positions = (anchors[..., None] + torch.arange(block, device=tokens.device)).flatten(1)  # [B, A·N]
+        kept = model.context(batch["hidden"], torch.arange(context, device=tokens.device)[None])
+
+        def attended(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+            return torch.cat([kept[layer][0], k], dim=2), torch.cat([kept[layer][1], v], dim=2)
+
+        query_anchor = anchors.repeat_interleave(block, dim=1)
+        before = torch.arange(context, device=tokens.device) < query_anchor[..., None]
+        own = torch.arange(self.anchors, device=tokens.device).repeat_interleave(block)
+        mask = torch.cat([before, (own[:, None] == own).expand(rows, -1, -1)], dim=2)[:, None]
+        x = model.queries(layers.embed(tokens.gather(1, anchors))).flatten(1, 2)
+        out = model(x, positions, mask, attended).unflatten(1, (self.anchors, block))[:, :, 1:]
+
+        labels = labels_at(batch, positions.unflatten(1, (self.anchors, block))[:, :, 1:], layers)
+        weight = torch.exp(-torch.arange(block - 1, device=tokens.device) / (self.decay or block / 2))
+        return weighted_cross_entropy(layers.logits(out), labels, weight)
+
+
+class MedusaObjective:
+    """Cross-entropy of every head, head k weighing decay^k (2401.10774, eq. 2), at random positions of each row."""
+
+    last_hidden = False
+
+    def __init__(self, positions: int = 32, decay: float = 0.8):
+        self.positions, self.decay = positions, decay
+
+    def __call__(self, model: MedusaModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
+        (hidden,) = batch["hidden"]
+        # h_t with t+1 the last committed token; head k predicts t+1+k
+        t = random_positions(batch["prompts"] - 2, batch["lengths"] - 2, self.positions).clamp(min=0)
+        out = model(hidden.gather(1, t[..., None].expand(-1, -1, hidden.shape[-1])))
+        k = torch.arange(1, model.config.heads + 1, device=t.device)
+        labels = labels_at(batch, t[..., None] + 1 + k, layers)
+        return weighted_cross_entropy(layers.logits(out), labels, self.decay ** k.float())
+
+
+class EagleObjective:
+    """SmoothL1 on features + `classification` · soft cross-entropy on tokens (2401.15077, eq. 1-3).
+
+    Input features are disturbed by uniform noise of width `noise` standard deviations, against the errors of predicted
+    features. `steps` > 1 feeds predictions back, so that the head learns from its own features too (the training-time
+    test of EAGLE-3, 2503.01840). The token loss is taken at `positions` random positions a row.
+    """
+
+    last_hidden = True
+
+    def __init__(self, positions: int = 32, classification: float = 0.1, noise: float = 0.2, steps: int = 1):
+        self.positions, self.classification, self.noise, self.steps = positions, classification, noise, steps
+
+    def __call__(self, model: EagleModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
+        *inputs, last = batch["hidden"]
+        tokens, width = batch["tokens"], last.shape[1] - 1
+        feature = model.features(tuple(h[:, :-1] for h in inputs))
+        if self.noise:
+            feature = feature + (torch.rand_like(feature) - 0.5) * self.noise * feature.std()
+        embedded = layers.embed(tokens[:, 1:-1])
+        order = torch.arange(width, device=tokens.device)
+        mask = (order <= order[:, None])[None, None]
+        goal = last[:, 1:]  # entry j, (f_j, x_{j+1}), predicts f_{j+1}
+        learnt = (order + 1 >= batch["prompts"][:, None] - 1) & (order + 1 < batch["lengths"][:, None] - 1)
+        chosen = random_positions(batch["prompts"] - 2, batch["lengths"] - 2, self.positions).clamp(0, width - 1)
+        totals: dict[str, Tensor] = {}
+        for step in range(self.steps):
+            out = model(embedded, feature, order[None], mask)
+            regression = functional.smooth_l1_loss(out, goal, reduction="none").mean(-1)
+            p = layers.logits(rows_at(goal, chosen)).float().softmax(-1)
+            logits = layers.logits(rows_at(out, chosen)).float()
+            tokens_loss = -(p * logits.log_softmax(-1)).sum(-1).mean()
+            loss = self.classification * tokens_loss
+            if len(inputs) == 1:  # a fused feature has nothing to be held to
+                loss = loss + regression[learnt].mean()
+            right = (logits.argmax(-1) == p.argmax(-1)).float().mean()
+            now = {"loss": loss / self.steps, f"ce_{step + 1}": tokens_loss, f"accuracy_{step + 1}": right}
+            totals = {**totals, **now, "loss": totals.get("loss", 0) + now["loss"]}
+            # the next pass sees, at entry j, the feature that this one predicted at entry j-1
+            feature = torch.cat([feature[:, :1], out[:, :-1]], dim=1)
+        return totals
+
+
+class DistilObjective:
+    """`ce` · cross-entropy + KL(p ‖ q), p the target's distribution, for a separate small draft model (distillation as
+    in DistillSpec, 2310.08461), at random positions of each row."""
+
+    last_hidden = True
+
+    def __init__(self, positions: int = 32, ce: float = 0.1):
+        self.positions, self.ce = positions, ce
+
+    def __call__(self, model: PreTrainedModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
+        tokens, last = batch["tokens"], batch["hidden"][-1]
+        hidden = model.get_decoder()(input_ids=tokens[:, :-1]).last_hidden_state
+        at = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, self.positions)
+        log_q = model.get_output_embeddings()(rows_at(hidden, at)).float().log_softmax(-1)
+        p = layers.logits(rows_at(last, at)).float().softmax(-1)
+        cross = -(p * log_q).sum(-1).mean()  # KL(p ‖ q) up to p's own entropy
+        hard = functional.nll_loss(log_q.flatten(0, 1), tokens.gather(1, at + 1).flatten())
+        overlap = torch.minimum(p, log_q.exp()).sum(-1).mean()
+        return {"loss": cross + self.ce * hard, "ce": hard, "overlap": overlap}
+
+
+def random_positions(low: Tensor, high: Tensor, count: int) -> Tensor:
+    """`[B, count]` random whole numbers in [low, high) of each row (`[B]`; at least one number is assumed)."""
+    span = (high - low).clamp(min=1)[:, None]
+    return low[:, None] + (torch.rand(len(low), count, device=low.device) * span).long()
+
+
+def rows_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """`hidden [B, T, d]` at `positions [B, P]`, `[B, P, d]`."""
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def labels_at(batch: Batch, positions: Tensor, layers: TokenLayers) -> Tensor:
+    """The tokens at `positions [B, ..]` as ids of the head's vocabulary; -100 behind a row's end or outside it."""
+    tokens, shape = batch["tokens"], positions.shape
+    flat = positions.flatten(1)
+    labels = layers.own_ids(tokens.gather(1, flat.clamp(max=tokens.shape[1] - 1)))
+    return labels.masked_fill(flat >= batch["lengths"][:, None], -100).view(shape)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """logits `[B, A, N, V]`, labels `[B, A, N]` (-100: left out), weight `[N]`: mean loss, and accuracy by position."""
+    losses = functional.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    counted = labels != -100
+    weights = weight * counted
+    right = ((logits.argmax(-1) == labels) & counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)
+    accuracy = {f"accuracy_{i + 1}": r for i, r in enumerate(right)}
+    return {"loss": (losses * weights).sum() / weights.sum().clamp(min=1e-9), **accuracy}
