@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
+
 @dataclass(slots=True)
 class DecodingStats:
     """Counts and seconds of one run of a recipe. Times are wall-clock seconds; rates are per row.

@@ -149,7 +149,7 @@ class TokenLayers:
         # a target whose drafted tokens are not its input tokens (image codes, say) brings its own layers
         self.embedding = getattr(target, "embed", None) or target.model.get_input_embeddings()
         self.output: nn.Module = getattr(target, "output_layer", None) or target.model.get_output_embeddings()
-        self.vocab_map, self.vocab_size = vocab_map, target.vocab_size
+        self.vocab_map, self.vocab_size, self.dtype = vocab_map, target.vocab_size, target.model.dtype
         self.rows: tuple[Tensor, Tensor | None] | None = None
         if vocab_map is not None and isinstance(self.output, nn.Linear):
             bias = self.output.bias
@@ -165,6 +165,14 @@ class TokenLayers:
             return functional.linear(hidden, *self.rows)
         logits = self.output(hidden)[..., : self.vocab_size]
         return logits if self.vocab_map is None else logits[..., self.vocab_map]
+
+    def own_ids(self, tokens: Tensor) -> Tensor:
+        """Target ids `[..]` as ids of the head's vocabulary, -100 for tokens it does not predict."""
+        if self.vocab_map is None:
+            return tokens
+        table = torch.full((self.vocab_size,), -100, device=tokens.device)
+        table[self.vocab_map] = torch.arange(len(self.vocab_map), device=tokens.device)
+        return table[tokens]
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits over the head's vocabulary `[.., V_d]` to the target's `[.., V]`, -inf where the head is silent."""

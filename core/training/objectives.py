@@ -111,7 +111,7 @@ class EagleObjective:
         totals: dict[str, Tensor] = {}
         for step in range(self.steps):
             out = model(embedded, feature, order[None], mask)
-            regression = functional.smooth_l1_loss(out, goal, reduction="none").mean(-1)
+            regression = functional.smooth_l1_loss(out.float(), goal.float(), reduction="none").mean(-1)
             p = layers.logits(rows_at(goal, chosen)).float().softmax(-1)
             logits = layers.logits(rows_at(out, chosen)).float()
             tokens_loss = -(p * logits.log_softmax(-1)).sum(-1).mean()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from polyspec.bench.calls import time_calls
-from polyspec.modalities.text.sample import load_prompts
+from polyspec.prompts import load_prompts
 from polyspec.target import make_target
 
 

@@ -17,7 +17,6 @@ import errno
 import hashlib
 import importlib.resources
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -44,7 +43,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from polyspec.errors import CheckpointError, unknown
+from polyspec.errors import CheckpointError
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -103,19 +102,6 @@ def fetch_sample(cache_dir: str | Path | None = None) -> Path:
             if not _is_whole(folder):
                 _fill(folder)
     return folder
-
-
-def load_prompts(name: str) -> list[str]:
-    """The prompts of `samples/prompts/{name}.jsonl`, in file order.
-
-    "chat" and "copy" (whose answers repeat long spans of the prompt) are for measuring, "train_chat" is for training
-    drafters. Raises ConfigError for an unknown name.
-    """
-    folder = importlib.resources.files("polyspec.samples") / "prompts"
-    known = {entry.name.removesuffix(".jsonl"): entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")}
-    if name not in known:
-        raise unknown("prompt set", name, known)
-    return [json.loads(line)["prompt"] for line in known[name].read_text(encoding="utf-8").splitlines() if line]
 
 
 def _is_whole(folder: Path) -> bool:

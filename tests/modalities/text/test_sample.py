@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.resources
 import importlib.util
-import json
 import os
 import shutil
 import threading
@@ -20,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from polyspec.errors import CheckpointError, ConfigError
+from polyspec.errors import CheckpointError
 from polyspec.modalities.text import sample
 
 
@@ -236,28 +235,6 @@ def test_truncated_cached_weights_are_reported_with_their_folder(cached: Path) -
     with pytest.raises(CheckpointError, match="delete that folder") as caught:
         sample.load_sample(cache_dir=cached)
     assert str(weights.parent) in str(caught.value)
-
-
-def test_prompt_sets_have_their_sizes_and_do_not_overlap() -> None:
-    chat, copy, train = (sample.load_prompts(name) for name in ("chat", "copy", "train_chat"))
-    assert len(chat) >= 32 and len(copy) >= 12 and len(train) >= 600
-    everything = chat + copy + train
-    assert len({" ".join(prompt.lower().split()) for prompt in everything}) == len(everything)
-    assert all(prompt.strip() == prompt and len(prompt) > 10 for prompt in everything)
-    assert all(90 <= len(prompt.split()) <= 260 for prompt in copy)
-
-
-def test_prompt_lines_have_unique_ids_and_a_category() -> None:
-    folder = Path(str(importlib.resources.files("polyspec.samples"))) / "prompts"
-    for path in sorted(folder.glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert all(row.keys() == {"id", "category", "prompt"} and row["category"] for row in rows)
-        assert len({row["id"] for row in rows}) == len(rows)
-
-
-def test_unknown_prompt_set_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="chat"):
-        sample.load_prompts("chats")
 
 
 @pytest.mark.slow
