@@ -8,6 +8,7 @@ stale slots are overwritten by the next forward pass. Padding never enters the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ class RaggedCache(Cache):
     `lengths[s]` is the number of tokens kept in row s, on the host. `capacity` (slots) is allocated at the first
     forward and grows when it must, so give the final length if it is known.
     """
+
+    layers: Any  # list[RaggedLayer]; transformers' own annotation is a union of everything a cache may hold
 
     def __init__(self, streams: int, capacity: int):
         super().__init__(layers=[])

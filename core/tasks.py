@@ -25,7 +25,10 @@ from polyspec.recipe import find_recipe
 
 def generate(config: DictConfig) -> None:
     """Make what the prompt asks for, write it, print one table."""
+    from transformers.utils import logging
+
     prompts = as_list(config.prompt)
+    logging.disable_progress_bar()  # loading takes a moment; the bar here is over tokens
     console = Console()
     check_output(config.output)
     pipe = make_pipeline(config, config.recipe.name if config.get("recipe") else None)
@@ -41,7 +44,7 @@ def generate(config: DictConfig) -> None:
         plain = with_progress(console, "plain", baseline, prompts, arguments)
         pipe(prompts, **arguments)
     result = with_progress(console, pipe.method.recipe.name, pipe, prompts, arguments)
-    paths = write_outputs(result.outputs, config.output, prompts[0], plain)
+    paths = write_outputs(result, config.output, prompts[0], plain)
     console.print(summary(result, plain))
     for text in (o for o in result.outputs if isinstance(o, str)):
         console.print(text, markup=False)
@@ -138,30 +141,30 @@ def current_umask() -> int:
     return mask
 
 
-def write_outputs(outputs: Sequence[Any], output: str | None, prompt: str, plain: Result | None) -> list[Path]:
-    """Write what can be written (pictures; several also as a contact sheet). Returns the paths."""
+def write_outputs(result: Result, output: str | None, prompt: str, plain: Result | None) -> list[Path]:
+    """Write the pictures: each one, several also as a contact sheet, and beside plain ones if there are. Returns paths."""
     from PIL import Image
 
-    pictures = [o for o in outputs if isinstance(o, Image.Image)]
+    pictures = [o for o in result.outputs if isinstance(o, Image.Image)]
     if not pictures:
         return []
-    stem = Path(output) if output else Path(re.sub(r"[^\w-]+", "-", prompt.lower()).strip("-")[:60] + ".png")
-    names = [stem] if len(pictures) == 1 else [stem.with_stem(f"{stem.stem}-{i}") for i in range(len(pictures))]
-    save: list[tuple[Path, Any]] = list(zip(names, pictures, strict=True))
-    if plain is not None or len(pictures) > 1:
-        from polyspec.modalities.image.evaluate import contact_sheet
+    from polyspec.modalities.image.evaluate import contact_sheet
 
-        if plain is not None:
-            both = [p for pair in zip(plain.outputs, pictures, strict=True) for p in pair]
-            labels = [f"{n} {s:.1f} s" for _ in pictures for n, s in (("plain", plain.stats.wall_seconds), ("fast", 0))]
-            save.append((stem.with_stem(f"{stem.stem}-compare"), contact_sheet(both, labels)))
-        if len(pictures) > 1:
-            save.append((stem, contact_sheet(pictures, [str(i) for i in range(len(pictures))])))
-    for path, picture in save:
+    stem = Path(output or re.sub(r"[^\w-]+", "-", prompt.lower()).strip("-")[:60] + ".png")
+    files = [(stem, pictures[0])]
+    if len(pictures) > 1:
+        numbers = [str(i) for i in range(len(pictures))]
+        files = [(stem.with_stem(f"{stem.stem}-{i}"), p) for i, p in zip(numbers, pictures, strict=True)]
+        files.append((stem, contact_sheet(pictures, numbers)))
+    if plain is not None:
+        both = [p for pair in zip(plain.outputs, pictures, strict=True) for p in pair]
+        labels = [f"plain {plain.stats.wall_seconds:.1f} s", f"{result.stats.recipe} {result.stats.wall_seconds:.1f} s"]
+        sheet = contact_sheet(both, labels * len(pictures), columns=2 if len(pictures) < 5 else 8, scale=3)
+        files.append((stem.with_stem(f"{stem.stem}-compare"), sheet))
+    for path, picture in files:
         try:
             with whole_file(path) as temporary:
                 picture.save(temporary)
         except (ValueError, KeyError) as error:
             raise InputError(f"cannot write {path}: {error}; use a file name that ends in .png") from error
-    return [path for path, _ in save]
-
+    return [path for path, _ in files]

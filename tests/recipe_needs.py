@@ -7,17 +7,44 @@ recipe goes unproved.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from hydra.utils import get_class
 from tiny_models import noisy_copy
 from transformers import PreTrainedModel
 
 import polyspec
 from polyspec.recipe import Recipe
 
-NEEDS: dict[str, Callable[[PreTrainedModel, float], Any]] = {
-    "draft_model": lambda model, noise: noisy_copy(model, noise),
+
+@cache
+def drafter_copy(model: PreTrainedModel, noise: float) -> PreTrainedModel:
+    return noisy_copy(model, noise)
+
+
+@cache
+def texts(model: PreTrainedModel) -> list[list[int]]:
+    """What a datastore holds: for a decoder-only model its own greedy text, in part, else random tokens."""
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    prompts = torch.randint(2, vocab, (16, 4), generator=torch.Generator().manual_seed(7))
+    if model.config.is_encoder_decoder:
+        return prompts.repeat(1, 4).tolist()
+    return model.generate(prompts, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0).tolist()
+
+
+@cache
+def heads(drafter: str, model: PreTrainedModel) -> Any:
+    """Untrained heads of the kind that the drafter class takes."""
+    return get_class(drafter).kind.for_target(model)  # type: ignore[attr-defined]
+
+
+NEEDS: dict[str, Callable[[Recipe, PreTrainedModel, float], Any]] = {
+    "draft_model": lambda recipe, model, noise: drafter_copy(model, noise),
+    "heads": lambda recipe, model, noise: heads(recipe.config.drafter._target_, model),
+    "datastore": lambda recipe, model, noise: texts(model),
 }
 """How to make what a recipe needs, for a target model; noise says how far the drafter is from the target."""
 
@@ -32,7 +59,7 @@ def overrides(recipe: Recipe, model: PreTrainedModel, noise: float = 0.1, **knob
         pytest.fail(f"recipe {recipe.name} needs {missing}: add how to make it to tests/recipe_needs.py")
     chosen = {**KNOBS, **knobs}
     return {
-        **{need: NEEDS[need](model, noise) for need in recipe.needs},
+        **{need: NEEDS[need](recipe, model, noise) for need in recipe.needs},
         **{knob: value for knob, value in chosen.items() if knob in recipe.knobs},
     }
 

@@ -43,7 +43,6 @@ class HeadModel(PreTrainedModel):
 
     config_class: ClassVar[type[HeadConfig]] = HeadConfig
     config: HeadConfig
-    main_input_name = "hidden"
     _supports_sdpa = True
     vocab_map: Tensor | None
 

@@ -1,9 +1,9 @@
 """Drafts what most often followed the current context in a collection of texts.
 
-REST: Retrieval-Based Speculative Decoding, 2311.08252, §3. The longest suffix of the row (at most `longest` tokens) that
-occurs in the datastore is looked up in a suffix array; what followed its occurrences forms a trie weighted by counts.
-The chain walks that trie, at each node to the most frequent child. Drafts are certain (one-hot q): exact under any
-exact rule. Runs on the host, on tokens that the loop has brought there anyway.
+REST: Retrieval-Based Speculative Decoding, 2311.08252, §3. The longest suffix of the row (at most `longest` tokens)
+that occurs in the datastore is looked up in a suffix array; what followed its occurrences forms a trie weighted by
+counts. The chain walks that trie, at each node to the most frequent child. Drafts are certain (one-hot q): exact under
+any exact rule. Runs on the host, on tokens that the loop has brought there anyway.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Datastore:
             stored = load_file(path)
             return cls(stored["tokens"], stored["order"])
         except (OSError, SafetensorError, KeyError) as error:
-            raise CheckpointError(f"cannot read the datastore {path} ({error}); write it with Datastore.save") from error
+            raise CheckpointError(f"cannot read the datastore {path} ({error}); Datastore.save writes it") from error
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -168,9 +168,9 @@ def labels_at(batch: Batch, positions: Tensor, layers: TokenLayers) -> Tensor:
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """logits `[B, A, N, V]`, labels `[B, A, N]` (-100: left out), weight `[N]`: mean loss, and accuracy by position."""
-    losses = functional.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    losses = functional.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none")
     counted = labels != -100
     weights = weight * counted
     right = ((logits.argmax(-1) == labels) & counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)
     accuracy = {f"accuracy_{i + 1}": r for i, r in enumerate(right)}
-    return {"loss": (losses * weights).sum() / weights.sum().clamp(min=1e-9), **accuracy}
+    return {"loss": (losses.view(labels.shape) * weights).sum() / weights.sum().clamp(min=1e-9), **accuracy}

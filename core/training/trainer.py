@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from polyspec.drafting.heads import TokenLayers
@@ -33,8 +34,8 @@ CLOCK = "clock.json"
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """How long and how fast: until `minutes` or `steps` (None: no limit, one of them must be given) are spent,
-    interruptions not counted; AdamW at `learning_rate`, warmed up over `warmup` steps, then falling to a twentieth along
-    half a cosine. A checkpoint every `checkpoint_minutes`."""
+    interruptions not counted; AdamW at `learning_rate`, warmed up over `warmup` steps, then falling to a twentieth
+    along half a cosine. A checkpoint every `checkpoint_minutes`."""
 
     minutes: float | None = None
     steps: int | None = None
@@ -82,11 +83,12 @@ class Rows(Dataset[dict[str, Any]]):
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows padded on the right: see polyspec.training.objectives for the batch's fields."""
+    layers = zip(*(r["hidden"] for r in rows), strict=True)
     return {
         "tokens": pad_sequence([r["tokens"] for r in rows], batch_first=True),
         "lengths": torch.tensor([len(r["tokens"]) for r in rows]),
         "prompts": torch.tensor([r["prompt"] for r in rows]),
-        "hidden": tuple(pad_sequence(list(h), batch_first=True) for h in zip(*(r["hidden"] for r in rows), strict=True)),
+        "hidden": tuple(pad_sequence(list(h), batch_first=True) for h in layers),
     }
 
 
@@ -117,7 +119,7 @@ class Clock(TrainerCallback):
         if step % 10:
             return
         for key, value in values.items():
-            self.averages[key] = 0.9 * self.averages.get(key, float(value)) + 0.1 * float(value)
+            self.averages[key] = 0.8 * self.averages.get(key, float(value)) + 0.2 * float(value)
         self.bar.set_postfix({"step": step, **{k: f"{v:.3g}" for k, v in self.averages.items()}}, refresh=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,6 +148,9 @@ class HeadTrainer(Trainer):
             found = self.objective(model, self.layers, inputs)
         self.clock.note({k: v.detach() for k, v in found.items()}, self.state.global_step)
         return found["loss"]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers' estimate assumes one main input of token ids
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         schedule, clock = self.clock.schedule, self.clock
@@ -197,6 +202,7 @@ def train_head(
     trainer = HeadTrainer(
         model.float().train(), objective, layers, clock, args=arguments, train_dataset=Rows(corpus, features)
     )
+    trainer.remove_callback(PrinterCallback)
     if last is None or schedule.spent(int(last.rpartition("-")[2]), clock.before) < 1:
         trainer.train(resume_from_checkpoint=last)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import pytest
 import torch
 from gtest import g_test
 from recipe_needs import by_name, overrides, text_recipes
-from tiny_models import llama, noisy_copy, sharpen
+from tiny_models import llama, sharpen
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -27,7 +27,6 @@ import polyspec
 from polyspec.decoding import chain, jacobi
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Independent, Processing
-from polyspec.drafting.draft_model import DraftModel
 from polyspec.recipe import Recipe, find_recipe
 from polyspec.target import Guidance, Target, guide_log_probs
 from polyspec.verification import Verdict, gumbel_noise, modified_rejection, sample, scd_mc, sjd, speculative_sampling
@@ -101,7 +100,7 @@ def exact_distribution(variant: str, prompt: tuple[int, ...]) -> np.ndarray:
                 given = processor.unconditional_context["input_ids"]
                 start = ids[:, -1:] if given is None else given[:1]
                 other = torch.cat([start.expand(len(chosen), -1), prefixes[chosen, :step]], dim=1)
-                processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(  # noqa: PLW2901
+                processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
                     processor.guidance_scale, model(), unconditional_ids=other, use_cache=False
                 )
             scores = processor(known, scores)

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable import FAILS, ROWS, chain_fit, complete, draw_chain, random_model, sequence_probs
 from gtest import g_test
-from wrong_rules import WRONG_FOR_SAMPLED_DRAFTS, softmax_next_to_argmax
+from verification.enumerable import FAILS, ROWS, chain_fit, complete, draw_chain, random_model, sequence_probs
+from verification.wrong_rules import WRONG_FOR_SAMPLED_DRAFTS, softmax_next_to_argmax
 
 from polyspec import verification as v
 

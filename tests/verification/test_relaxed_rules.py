@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable import FAILS, ROWS, draw_chain, random_model
 from gtest import g_test
+from verification.enumerable import FAILS, ROWS, draw_chain, random_model
 
 from polyspec import verification as v
 from polyspec.errors import ConfigError, InputError

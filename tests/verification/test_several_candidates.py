@@ -7,8 +7,8 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from enumerable import FAILS, ROWS, step_fit
-from wrong_rules import WRONG_FOR_SIBLINGS
+from verification.enumerable import FAILS, ROWS, step_fit
+from verification.wrong_rules import WRONG_FOR_SIBLINGS
 
 from polyspec import verification as v
 from polyspec.verification.importance_selection import selection

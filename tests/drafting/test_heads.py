@@ -1,0 +1,213 @@
+"""Draft heads: greedy identity whatever the heads, and heads that know their own target or say that they do not."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, build, target
+from torch import Tensor
+
+import polyspec
+from polyspec.cache import RaggedCache
+from polyspec.drafting.dflash import DFlash, DFlashModel, spread_layers
+from polyspec.drafting.eagle import Eagle, EagleModel
+from polyspec.drafting.heads import HeadModel, TokenLayers
+from polyspec.drafting.medusa import MedusaModel
+from polyspec.target import make_target
+
+HEADS: dict[str, tuple[type[HeadModel], dict[str, Any]]] = {
+    "dflash": (DFlashModel, {"layers": 2, "block": 5}),
+    "eagle": (EagleModel, {}),
+    "medusa": (MedusaModel, {"heads": 4}),
+}
+NEW_TOKENS = 24
+
+
+def prompts(batch: int) -> dict[str, Tensor]:
+    """Prompts of 9, 6, 9 and 1 tokens, padded on the left; for a batch of one, the first."""
+    ids = torch.randint(2, VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = mask[3, :8] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0)[:batch], "attention_mask": mask[:batch]}
+
+
+def untrained(recipe: str, family: str = "llama", **sizes: Any) -> HeadModel:
+    kind, usual = HEADS[recipe]
+    return kind.for_target(target(family), **{**usual, **sizes})
+
+
+@cache
+def plain(family: str, batch: int, guidance: float | None, new: int = NEW_TOKENS) -> Tensor:
+    return target(family).generate(
+        **prompts(batch), do_sample=False, max_new_tokens=new, guidance_scale=guidance, pad_token_id=0
+    )
+
+
+def identical(recipe: str, heads: Any, family: str = "llama", batch: int = 4, guidance: float | None = None) -> Any:
+    fast = polyspec.custom_generate(recipe, heads=heads, length=4)
+    out = target(family).generate(
+        **prompts(batch),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        guidance_scale=guidance,
+        pad_token_id=0,
+        custom_generate=fast,
+    )
+    assert torch.equal(out, plain(family, batch, guidance))
+    return fast.stats
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+@pytest.mark.parametrize("guidance", [None, 1.7], ids=["plain", "guided"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_untrained_heads_do_not_change_greedy_output(recipe: str, batch: int, guidance: float | None) -> None:
+    assert identical(recipe, untrained(recipe), batch=batch, guidance=guidance).draft_calls > 0
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_heads_work_on_other_architectures(recipe: str, family: str) -> None:
+    identical(recipe, untrained(recipe, family), family)
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_a_trimmed_vocabulary_drafts_only_its_tokens_and_keeps_the_output(recipe: str) -> None:
+    few = torch.arange(1, VOCAB, 3)
+    heads = untrained(recipe, vocabulary=few)
+    identical(recipe, heads)
+    layers = TokenLayers(make_target(target("llama")), heads.vocab_map)
+    hidden = torch.randn(2, 3, 32)
+    logits = layers.spread(layers.logits(hidden))
+    full = target("llama").get_output_embeddings()(hidden)
+    torch.testing.assert_close(logits[..., few], full[..., few])
+    assert logits.isfinite().sum() == 2 * 3 * len(few)
+    assert layers.own_ids(few).tolist() == list(range(len(few)))
+    assert layers.own_ids(torch.tensor([0])).tolist() == [-100]
+
+
+def test_a_block_drafter_may_be_narrower_than_its_target() -> None:
+    identical("dflash", untrained("dflash", hidden_size=16, num_attention_heads=2))
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_heads_survive_saving(recipe: str, tmp_path: Path) -> None:
+    heads = untrained(recipe, vocabulary=torch.arange(1, VOCAB, 2))
+    heads.save_pretrained(tmp_path)
+    loaded = type(heads).from_pretrained(tmp_path)
+    for (name, old), (_, new) in zip(heads.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(old, new), name
+    assert identical(recipe, str(tmp_path)).to_dict()["accepted_tokens"] == identical(recipe, heads).accepted_tokens
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_the_same_seed_makes_the_same_heads(recipe: str) -> None:
+    one, same, other = (untrained(recipe, seed=s).state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert recipe == "medusa" or any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_what_a_block_drafter_keeps_is_what_it_would_compute_from_scratch() -> None:
+    """Accepted tokens enter the drafter's cache round by round; the result must not depend on the rounds."""
+    model, tgt = untrained("dflash", layers=2), make_target(target("llama"))
+    assert isinstance(model, DFlashModel)
+    hidden = tuple(torch.randn(2, 9, 32) for _ in model.config.target_layers or ())
+    whole, parts = RaggedCache(2, 32), RaggedCache(2, 32)
+    for kept_here, cuts in ((whole, [[9, 6]]), (parts, [[4, 3], [5, 3], [9, 6]])):
+        for kept in cuts:
+            start = torch.tensor(kept_here.lengths)[:, None]
+            columns = (start + torch.arange(9)).clamp(max=8)
+            fed = tuple(h.gather(1, columns[..., None].expand(-1, -1, 32)) for h in hidden)
+            for layer, (k, v) in enumerate(model.context(fed, start + torch.arange(9))):
+                kept_here.update(k, v, layer)
+            kept_here.rollback(kept)
+    drafts = []
+    for kept_here in (whole, parts):
+        drafter = DFlash(model)
+        drafter.target, drafter.cache = tgt, kept_here
+        block = model.queries(torch.ones(2, 32))
+        positions = drafter.positions(block.shape[1])
+        mask = (torch.arange(kept_here.longest + block.shape[1]) <= positions[:, -1:])[:, None, None, :]
+        drafts.append(model(block, positions, mask, kept_here.update))
+    torch.testing.assert_close(*drafts)
+
+
+def test_hidden_states_are_spread_from_the_second_layer_to_the_third_last() -> None:
+    assert spread_layers(30, 5) == [2, 8, 15, 22, 28]
+    assert spread_layers(30, 1) == [28]
+    assert spread_layers(2, 5) == [2]
+    with pytest.raises(polyspec.ConfigError):
+        spread_layers(30, 0)
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_heads_of_another_target_are_refused_by_name(recipe: str) -> None:
+    kind, sizes = HEADS[recipe]
+    heads = kind.for_target(build("llama", hidden=48), **sizes)
+    with pytest.raises(polyspec.CheckpointError, match=r"width 48.*width 32"):
+        identical(recipe, heads)
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_a_folder_that_is_missing_or_damaged_is_a_checkpoint_error(recipe: str, tmp_path: Path) -> None:
+    def load(heads: Any) -> None:
+        target("llama").generate(
+            **prompts(1), max_new_tokens=4, custom_generate=polyspec.custom_generate(recipe, heads=heads)
+        )
+
+    with pytest.raises(polyspec.CheckpointError):
+        load(str(tmp_path / "nowhere"))
+    with pytest.raises(polyspec.ConfigError, match="heads must be"):
+        load(7)
+    untrained(recipe).save_pretrained(tmp_path / "whole")
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(polyspec.CheckpointError):
+        load(tmp_path / "cut")
+    other = "medusa" if recipe != "medusa" else "eagle"
+    untrained(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(polyspec.CheckpointError, match=rf"polyspec_{other}.*polyspec_{recipe}"):
+        load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (DFlashModel, {"block": 1}),
+        (DFlashModel, {"target_layers": [99]}),
+        (DFlashModel, {"target_layers": 0}),
+        (DFlashModel, {"num_attention_heads": 5}),
+        (EagleModel, {"hidden_size": 16}),
+        (EagleModel, {"target_layers": []}),
+        (MedusaModel, {"heads": 0}),
+    ],
+)
+def test_sizes_out_of_range_are_refused(kind: type[HeadModel], sizes: dict[str, Any]) -> None:
+    with pytest.raises(polyspec.ConfigError):
+        kind.for_target(target("llama"), **sizes)
+
+
+def test_eagle_predicts_from_true_features_after_every_round() -> None:
+    """Its cache, caught up round by round, gives the prediction of one pass over all true features."""
+    model = untrained("eagle")
+    assert isinstance(model, EagleModel)
+    tgt = make_target(target("llama"))
+    drafter = Eagle(model)
+    drafter.target, drafter.layers = tgt, TokenLayers(tgt, None)
+    tokens, hidden = torch.randint(2, VOCAB, (2, 8)), (torch.randn(2, 8, 32),)
+    predictions = []
+    for cuts in ([[8, 6]], [[3, 2], [5, 4], [8, 6]]):
+        drafter.cache = RaggedCache(2, 16)
+        tgt.cache = RaggedCache(2, 16)
+        for kept in cuts:
+            columns = (torch.tensor(drafter.cache.lengths)[:, None] + torch.arange(8)).clamp(max=7)
+            tgt.cache.rollback(kept)
+            fed = (hidden[0].gather(1, columns[..., None].expand(-1, -1, 32)),)
+            drafter.catch_up(tokens.gather(1, columns), fed)
+        predictions.append(drafter.predicted)
+    torch.testing.assert_close(*predictions)
