@@ -111,7 +111,7 @@ def full(branching: Sequence[int]) -> Tree:
 
 
 def sequoia(acceptance_by_rank: Sequence[float], nodes: int, depth: int) -> Tree:
-    """The tree of at most `nodes` nodes and `depth` levels that accepts most tokens (Chen et al., 2402.12374, §3.1).
+    """The tree of at most `nodes` nodes and `depth` levels that accepts most tokens (Chen et al., 2402.12374).
 
     acceptance_by_rank[k]: the probability that the k-th child of an accepted node is the one accepted. With c_d(n) the
     expected number accepted under a node that n descendants in d levels hang from,
@@ -156,7 +156,7 @@ def sequoia(acceptance_by_rank: Sequence[float], nodes: int, depth: int) -> Tree
 
 
 def medusa_tree(head_accuracies: Sequence[Sequence[float]], nodes: int) -> Tree:
-    """Add, one at a time, the node most likely to be right (Cai et al., 2401.10774, §2.3.3).
+    """Add, one at a time, the node most likely to be right (Cai et al., 2401.10774).
 
     head_accuracies[d][k]: how often the k-th guess for depth d + 1 is right; a path's accuracy is the product.
     """
@@ -188,7 +188,7 @@ def medusa_tree(head_accuracies: Sequence[Sequence[float]], nodes: int) -> Tree:
 
 
 def eagle2_expand(scores: Tensor, child_log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One level of EAGLE-2 (Li et al., 2406.16858, §4.1): of all children of the frontier keep the k likeliest paths.
+    """One level of EAGLE-2 (Li et al., 2406.16858): of all children of the frontier keep the k likeliest paths.
 
     scores [B, W]: the frontier's cumulative log-probabilities; child_log_probs [B, W, C].
     Returns (scores [B, k], which of the W each hangs under [B, k], which of its C children it is [B, k]), k <= W·C.
@@ -200,7 +200,7 @@ def eagle2_expand(scores: Tensor, child_log_probs: Tensor, k: int) -> tuple[Tens
 
 
 def eagle2_select(scores: Tensor, parents: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """Re-rank everything drafted and keep the best `nodes` (EAGLE-2, 2406.16858, §4.2).
+    """Re-rank everything drafted and keep the best `nodes` (EAGLE-2, 2406.16858).
 
     scores [B, M] cumulative log-probabilities; parents [B, M] long, parents[m] < m, -1 the root.
     Returns (indices [B, n] of the kept nodes, ascending; their parents among the kept [B, n]), n = min(nodes, M).

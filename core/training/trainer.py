@@ -203,11 +203,13 @@ def train_head(
         model.float().train(), objective, layers, clock, args=arguments, train_dataset=Rows(corpus, features)
     )
     trainer.remove_callback(PrinterCallback)
-    if last is None or schedule.spent(int(last.rpartition("-")[2]), clock.before) < 1:
+    done = 0 if last is None else int(last.rpartition("-")[2])
+    if schedule.spent(done, clock.before) < 1:
         trainer.train(resume_from_checkpoint=last)
+        done = trainer.state.global_step
     else:
         trainer._load_from_checkpoint(last)
     model.eval().save_pretrained(output)
-    summary = {**clock.averages, "steps": float(trainer.state.global_step), "seconds": clock.seconds}
+    summary = {**clock.averages, "steps": float(done), "seconds": clock.seconds}
     (output / "training.json").write_text(json.dumps(summary, indent=1))
     return summary

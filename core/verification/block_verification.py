@@ -1,6 +1,6 @@
 """Block verification.
 
-Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv 2403.10444, Algorithm 2.
+Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv 2403.10444.
 
     P_0 = 1,  P_i = min(1, P_{i-1} · p_i(x_i) / q_i(x_i));
     h_i = R_i / (R_i + 1 - P_i) with R_i = Σ_v [P_i · p_{i+1}(v) - q_{i+1}(v)]+ for i < N,  h_N = P_N;

@@ -1,6 +1,6 @@
 """Greedy plus one: the top k-1 draft tokens and one draw from the rest.
 
-Hu et al., "Towards Optimal Multi-draft Speculative Decoding", arXiv 2502.18779, §5.
+Hu et al., "Towards Optimal Multi-draft Speculative Decoding", arXiv 2502.18779.
 
     Top = the k-1 most likely tokens of q;  z ~ q', q' = q outside Top, renormalised;
     accept z with probability min(1, p(z) / q'(z)), else draw y ~ norm([p - q']+); y in Top counts as accepted.

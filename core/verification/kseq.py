@@ -1,6 +1,6 @@
 """K-SEQ selection among independent candidates.
 
-Sun et al., "SpecTr: Fast Speculative Decoding via Optimal Transport", arXiv 2310.15141, Algorithm 2.
+Sun et al., "SpecTr: Fast Speculative Decoding via Optimal Transport", arXiv 2310.15141.
 
     accept each of k iid drafts in turn with probability min(1, p(x) / (ρ·q(x)));
     β(ρ) = Σ_v min(q(v), p(v)/ρ);  ρ in [1, k] solves 1 - (1-β)^k = ρ·β;

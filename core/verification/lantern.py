@@ -10,7 +10,8 @@ Park et al., "LANTERN++", arXiv 2502.06352.
 
 Guarantee: bounded, for every drafted token x: TV(p, p̂_x) = S <= δ (LANTERN), p̂_x(x) <= λ·p(x) (LANTERN++).
 The bound is on the distribution x is verified against. As that depends on x, the law of the emitted token can be
-further from p than δ (with LANTERN++ the probability of drawing and accepting v is still at most λ·p(v)).
+further from p than δ: with p flat over 1,000 tokens, q flat over 10 of them and δ = 0.1, everything is accepted and the
+output is q. With LANTERN++ the probability of drawing and accepting v is still at most λ·p(v).
 """
 
 from __future__ import annotations

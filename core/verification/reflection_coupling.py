@@ -1,6 +1,6 @@
 """Reflection coupling of two Gaussians with one covariance: speculative sampling for continuous tokens.
 
-De Bortoli et al., "Accelerated Diffusion Models via Speculative Sampling", arXiv 2501.05370, Algorithm 4.
+De Bortoli et al., "Accelerated Diffusion Models via Speculative Sampling", arXiv 2501.05370.
 
     x = μ_q + σ·z drawn by the draft;  Δ = (μ_q - μ_p) / σ,  e = Δ / |Δ|;
     keep y = x with probability min(1, φ(z + Δ) / φ(z)), else y = μ_p + σ·(z - 2⟨e, z⟩e).

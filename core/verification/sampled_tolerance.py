@@ -1,7 +1,7 @@
 """Sampled tolerance.
 
 Li et al., "Fast and High-Quality Auto-Regressive Speech Synthesis via Speculative Decoding" (VADUSA),
-arXiv 2410.21951, §3.3.
+arXiv 2410.21951.
 
     draw τ tokens from p; accept x if it is among them, otherwise emit the first of them.
 

@@ -1,6 +1,6 @@
 """Speculative cascades.
 
-Narasimhan et al., "Faster Cascades via Speculative Decoding", arXiv 2405.19261, the OPT deferral rule (Lemma 4).
+Narasimhan et al., "Faster Cascades via Speculative Decoding", arXiv 2405.19261, the OPT deferral rule.
 
     d = 1 (defer to the target) if max q < max p - α · TV(p, q), else 0;
     π = (1 - d) · q + d · p;  speculative sampling of π: accept x with min(1, π(x) / q(x)), else norm([π - q]+).

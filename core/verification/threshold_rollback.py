@@ -1,6 +1,6 @@
 """Threshold rollback.
 
-Kim et al., "Speculative Decoding with Big Little Decoder" (BiLD), arXiv 2302.07863, §3.3 (the rollback policy).
+Kim et al., "Speculative Decoding with Big Little Decoder" (BiLD), arXiv 2302.07863, the rollback policy.
 
     keep x while -log p(x) < α_rollback; then take the target's token.
 

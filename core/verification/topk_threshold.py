@@ -1,7 +1,7 @@
 """Top-k and threshold: relaxed verification for retrieval drafts.
 
 Xi et al., "A Decoding Acceleration Framework for Industrial Deployable LLM-based Recommender Systems" (DARE),
-arXiv 2408.05676, §4.3.
+arXiv 2408.05676.
 
     allowed = top-k(p) ∩ {v : p(v) > t}, or {argmax p} if that is empty; keep x while x is allowed; then argmax p.
 

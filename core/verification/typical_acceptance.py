@@ -1,7 +1,7 @@
 """Typical acceptance.
 
 Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads",
-arXiv 2401.10774, §2.3.2.
+arXiv 2401.10774.
 
     accept x while p(x) > min(ε, δ · exp(-H(p))); then draw from p.
 

@@ -42,8 +42,8 @@ class Pipeline:
         else:
             source = sample_path() if target is None else target
             device = device or pipelines.default_device()
-            self.processor = pipelines.load(AutoProcessor.from_pretrained, source)
             self.model = load_model(source, pipelines.as_dtype(dtype, device)).to(device).eval()
+            self.processor = pipelines.load(AutoProcessor.from_pretrained, source)
         make_image_target(self.model, 1.0)  # a model that cannot draw is refused before any prompt
 
     @torch.no_grad()

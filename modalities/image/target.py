@@ -39,21 +39,21 @@ class JanusTarget(Target):
             kept = (tokens == generation.bos_token_id) | (tokens == generation.generation_kwargs["boi_token_id"])
             unconditional = torch.where(kept, tokens, generation.pad_token_id)
             self.guidance = Guidance(self.guidance_scale, unconditional, mask, guide_logits)
-        self.in_prompt = True
         output = super().prefill(tokens, mask, **kwargs)
         self.first_image = torch.tensor(self.prompt_lengths, device=tokens.device)[:, None]
         return output
 
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
         core = self.model.model
-        if self.in_prompt:
+        if not keep_logits:
             embeds = self.model.get_input_embeddings()(tokens)
-            if keep_logits:  # the first round: the prompt's last token, then image tokens
-                images = self.model.prepare_embeddings_for_image_generation(tokens.clamp(max=self.vocab_size - 1))
-                embeds = torch.where((positions < self.first_image)[..., None], embeds, images)
-                self.in_prompt = False
         else:
-            embeds = self.model.prepare_embeddings_for_image_generation(tokens)
+            embeds = self.model.prepare_embeddings_for_image_generation(tokens.clamp(max=self.vocab_size - 1))
+            if any(kept < prompt for kept, prompt in zip(self.cache_lengths, self.prompt_lengths, strict=True)):
+                # the first round: the prompt's last token, then image tokens
+                table = self.model.get_input_embeddings()
+                texts = table(tokens.clamp(max=table.num_embeddings - 1))
+                embeds = torch.where((positions < self.first_image)[..., None], texts, embeds)
         out = core.language_model(
             inputs_embeds=embeds,
             position_ids=positions,

@@ -103,7 +103,11 @@ def test_the_first_of_several_models_layouts_does_not_matter(recipe: Recipe) -> 
         knobs = overrides(recipe, target(family))
         outputs = [
             target(family).generate(
-                **prompts(), do_sample=True, top_k=0, max_new_tokens=24, custom_generate=polyspec.custom_generate(n, seed=1, **k)
+                **prompts(),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=24,
+                custom_generate=polyspec.custom_generate(n, seed=1, **k),
             )
             for n, k in (("autoregressive", {}), (recipe.name, knobs))
         ]

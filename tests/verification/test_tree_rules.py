@@ -6,11 +6,22 @@ from functools import partial
 
 import pytest
 import torch
-from verification.enumerable import FAILS, ROWS, draw_chain, draw_tree, random_model, tree_fit
+from gtest import g_test
+from verification.enumerable import (
+    FAILS,
+    ROWS,
+    complete,
+    draw_chain,
+    draw_tree,
+    random_model,
+    sequence_probs,
+    tree_fit,
+)
 from verification.wrong_rules import WRONG_FOR_TREES
 
 from polyspec import verification as v
 from polyspec.errors import InputError
+from polyspec.trees import Tree
 
 BOTH = {"recursive": partial(v.walk_recursive, children=3), "traversal": v.traversal_verification}
 SHAPES = {
@@ -59,6 +70,36 @@ def follow_samples(tokens, parents, node_q, target_probs, *, depth=None, generat
 def test_following_the_targets_own_draws_is_exact_for_any_tree(shape):
     p_value, _ = tree_fit(follow_samples, random_model(2, vocab=4, length=2), SHAPES[shape], seed=0)
     assert p_value > FAILS
+
+
+def draw_greedy_plus_one(model, rows, generator):
+    """A full binary tree of depth 2 whose nodes have the likeliest token and one draw from the rest as children."""
+    prefix, tokens, q, p = torch.zeros(rows, 1, dtype=torch.long), [], [], []
+    for step in range(2):
+        q.append(model.draft[step][prefix])
+        p.append(model.target[step][prefix])
+        pair = v.greedy_plus_one_draft(q[-1], 2, generator=generator)
+        tokens.append(pair.flatten(1))
+        prefix = (prefix.unsqueeze(-1) * model.vocab + pair).flatten(1)
+    p.append(model.target[2][prefix])
+    q.append(torch.full_like(p[-1], 1 / model.vocab))
+    return torch.cat(tokens, 1), torch.cat(q, 1), torch.cat(p, 1)
+
+
+def test_a_tree_of_greedy_plus_one_candidates_is_exact_and_beats_following():
+    model, shape = random_model(2, vocab=4, length=2), Tree(torch.tensor([-1, -1, 0, 0, 1, 1]))
+    generator = torch.Generator().manual_seed(0)
+    tokens, q, p = draw_greedy_plus_one(model, ROWS, generator)
+    emitted = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(ROWS, 7)
+    _, follow, _ = v.walk_deterministic(tokens, shape.parents, emitted, depth=2)
+    for node in range(3):
+        candidates = tokens[:, shape.children[node]]
+        emitted[:, node] = v.greedy_plus_one(p[:, node], candidates, q[:, node], generator=generator).next_token
+    path, accepted, token = v.walk_deterministic(tokens, shape.parents, emitted, depth=2)
+    kept = torch.where(path >= 0, tokens.gather(1, path.clamp(min=0)), 0)
+    sequences = complete(model, kept, accepted, token, generator)
+    assert g_test(torch.bincount(sequences, minlength=64), sequence_probs(model)) > FAILS
+    assert float(accepted.float().mean()) > float(follow.float().mean()) + 4 / ROWS**0.5
 
 
 def test_recursive_rejection_accepts_more_than_following_and_traversal_more_still():

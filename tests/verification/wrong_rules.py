@@ -175,4 +175,11 @@ def walk_next_token_from_the_parent(tokens, parents, node_q, target_probs, *, re
     return path, accepted, sample(at_position(target_probs, before.clamp(min=0)), generator)
 
 
-WRONG_FOR_TREES = [walk_siblings_against_the_full_q, walk_next_token_from_the_parent]
+def traversal_against_the_full_q(tokens, parents, node_q, target_probs, *, replacement=False, generator=None):
+    """Traversal of a tree drawn without replacement that leaves q as it was after a rejection."""
+    from polyspec.verification import traversal_verification
+
+    return traversal_verification(tokens, parents, node_q, target_probs, replacement=True, generator=generator)
+
+
+WRONG_FOR_TREES = [walk_siblings_against_the_full_q, walk_next_token_from_the_parent, traversal_against_the_full_q]
