@@ -121,7 +121,10 @@ class Greedy:
         return None
 
     def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
-        return greedy_form(rule)(draft.tokens, None, scores)
+        form = getattr(getattr(rule, "func", rule), "greedy", greedy_match)
+        if form is greedy_match:
+            return greedy_match(draft.tokens, None, scores)  # not the softmax: it can make ties of near-ties
+        return form(draft.tokens, None, scores.softmax(-1), **getattr(rule, "keywords", {}))
 
     def refine(
         self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
@@ -214,11 +217,6 @@ def follow(draft: Draft, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Walk a tree by what the target drew `[B, M+1]` after the committed token and after each node."""
     assert draft.tree is not None
     return walk_deterministic(draft.tokens, draft.tree.parents, drawn, depth=draft.tree.height)
-
-
-def greedy_form(rule: Callable[..., Verdict]) -> Callable[..., Verdict]:
-    """The rule that stands in for `rule` (or a partial of it) at temperature 0."""
-    return getattr(getattr(rule, "func", rule), "greedy", None) or greedy_match
 
 
 def row_seeds(seed: int | Sequence[int] | None, rows: int, device: torch.device) -> Tensor:

@@ -3,8 +3,8 @@
 Layout: node m of a row carries tokens[m] and hangs under node parents[m] < m; -1 is the root, the last committed token.
 What belongs to the root is at index 0, what belongs to node m at index m + 1. Missing nodes have token -1.
 
-`walk_deterministic`: the target's token at each node is given (an argmax, argmax(log p + Gumbel), a draw from p, or what
-a rule for several candidates emits over the node's children, greedy_plus_one say) and the walk follows it: exact.
+`walk_deterministic`: the target's token at each node is given (an argmax, argmax(log p + Gumbel), a draw from p, or
+what a rule for several candidates emits over the node's children, greedy_plus_one say) and the walk follows it: exact.
 `walk_recursive`: recursive rejection among the children at each level (SpecInfer 2305.09781, RSD 2402.14160, Sequoia
 2402.12374): exact for children drawn from a distribution, and it accepts more than following a draw.
 """
