@@ -46,6 +46,7 @@ def decode(
     stats = DecodingStats(recipe=method.recipe.name, guarantee=method.recipe.guarantee)
     start = time.perf_counter()
     drafter = method.drafter()
+    drafter.check(target)
     target.hidden_layers = tuple(drafter.hidden_layers)
     prompt = sequences.tokens[:, : sequences.prompt_length]
     mask = None

@@ -90,6 +90,10 @@ class Draws(Protocol):
         """The distribution a drafter's `draw` came from, to hand to the rule; None if the draw was deterministic."""
         ...
 
+    def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Scores `[B, T, V]` by which a drafter that offers several candidates should rank them."""
+        ...
+
     def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
         """Check `draft` against target scores `[B, N+1, V]`."""
         ...
@@ -116,6 +120,9 @@ class Greedy:
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return scores.argmax(-1)
+
+    def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return scores
 
     def draft_probs(self, scores: Tensor) -> Tensor | None:
         return None
@@ -150,6 +157,9 @@ class Independent:
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return sample(scores.softmax(-1), generator=self.generator)
+
+    def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return scores
 
     def draft_probs(self, scores: Tensor) -> Tensor | None:
         return scores.softmax(-1)
@@ -194,6 +204,9 @@ class Coupled:
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return self.perturbed(scores, positions).argmax(-1)
+
+    def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return self.perturbed(scores, positions)
 
     def draft_probs(self, scores: Tensor) -> Tensor | None:
         return None

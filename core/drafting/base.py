@@ -49,6 +49,10 @@ class Drafter(Protocol):
     hidden_layers: tuple[int, ...]
     """Which of the target's hidden states (indices into transformers' `hidden_states`) `observe` needs."""
 
+    def check(self, target: Target) -> None:
+        """Raise a PolyspecError if this cannot draft for `target`. Asked before the target runs."""
+        ...
+
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         """Start a run. hidden: the prompt's hidden states `[S, P-1, d]` per layer (row b: its first `cached[b]`
         positions), None if the prompt has one token."""
@@ -68,6 +72,9 @@ class NoDraft:
     """Plain decoding: nothing is drafted."""
 
     hidden_layers: tuple[int, ...] = ()
+
+    def check(self, target: Target) -> None:
+        pass
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.sequences = context.sequences

@@ -52,11 +52,13 @@ class BlockLayer(nn.Module):
 
     def __init__(self, config: DFlashConfig, index: int):
         super().__init__()
-        width, self.dim, self.index = config.hidden_size, config.head_dim, index
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.dim, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.dim, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.dim, width, bias=False)
+        heads, shared = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        width, self.index = config.hidden_size, index
+        self.dim = config.head_dim or width // heads
+        self.q_proj = nn.Linear(width, heads * self.dim, bias=False)
+        self.k_proj = nn.Linear(width, shared * self.dim, bias=False)
+        self.v_proj = nn.Linear(width, shared * self.dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.dim, width, bias=False)
         self.mlp = LlamaMLP(config)
         self.attention_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
         self.mlp_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
@@ -169,7 +171,8 @@ class DFlash(HeadDrafter[DFlashModel]):
         start = torch.tensor(self.cache.lengths, device=self.target.device)[:, None]
         return start + torch.arange(width, device=self.target.device)
 
-    def propose(self, count: int) -> Draft:
+    def block(self, count: int) -> Tensor:
+        """Logits `[B, count, V]` of the next positions, at most `block - 1` of them."""
         pending = self.streams(self.sequences.tail(1)[:, 0])
         block = self.model.queries(self.layers.embed(pending))
         positions = self.positions(block.shape[1])
@@ -179,7 +182,10 @@ class DFlash(HeadDrafter[DFlashModel]):
             mask = (slots <= positions[:, -1:])[:, None, None, :]
         out = self.model(block, positions, mask, self.cache.update)
         self.context.stats.draft_calls += 1
-        return self.draw(self.logits(out[:, 1 : count + 1]))
+        return self.logits(out[:, 1 : count + 1])
+
+    def propose(self, count: int) -> Draft:
+        return self.draw(self.block(count))
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
         self.remember(hidden)

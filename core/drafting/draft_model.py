@@ -19,7 +19,7 @@ from polyspec.distributions import fit_vocabulary
 from polyspec.drafting.base import Context, Draft
 from polyspec.errors import ConfigError, InputError
 from polyspec.pipelines import load
-from polyspec.target import make_target
+from polyspec.target import Target, make_target
 
 PADDING = 1024  # vocabularies of siblings differ by padding; a larger difference means another tokenizer
 
@@ -52,14 +52,18 @@ class DraftModel:
             )
         self.draft_target = make_target(self.model)
 
-    def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
-        ours, theirs = self.draft_target.vocab_size, context.target.vocab_size
+    def check(self, target: Target) -> None:
+        """InputError unless both models have one vocabulary, up to padding."""
+        ours, theirs = self.draft_target.vocab_size, target.vocab_size
         if abs(ours - theirs) > PADDING:
             raise InputError(
                 f"the draft model has a vocabulary of {ours} tokens, the target {theirs}: they must share one "
                 "tokenizer; choose a draft model of the target's family"
             )
-        self.context, self.vocab_size, self.own_vocab_size = context, theirs, ours
+
+    def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
+        self.context = context
+        self.vocab_size, self.own_vocab_size = context.target.vocab_size, self.draft_target.vocab_size
         if self.loaded:
             self.model.to(context.target.device)  # type: ignore[arg-type]
         self.draft_target = make_target(self.model, context.target.guidance)

@@ -38,16 +38,18 @@ def shallow(model: PreTrainedModel, layers: int) -> Any:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    whole = copy.copy(model)
-    here, parts = whole, stack.split(".")
-    for depth_in_tree, name in enumerate(parts):
+    *path, last = stack.split(".")
+    whole: nn.Module = copy.copy(model)
+    here = whole
+    for name in [*path, None]:  # every module on the way to the stack gets a copy with children of its own
         here._modules = dict(here._modules)
         if isinstance(here, PreTrainedModel):
             here.config = config if here.config is model.config else text
-        child = here._modules[name]
-        last = depth_in_tree == len(parts) - 1
-        here._modules[name] = nn.ModuleList(list(child)[:layers]) if last else copy.copy(child)  # type: ignore[arg-type]
-        here = here._modules[name]
+        if name is not None:
+            child = copy.copy(here.get_submodule(name))
+            here._modules[name] = child
+            here = child
+    here._modules[last] = nn.ModuleList(list(here.get_submodule(last).children())[:layers])
     return whole
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, PreTrainedModel
 
 from polyspec.drafting.base import Context, Draft
-from polyspec.errors import CheckpointError, ConfigError
+from polyspec.errors import CheckpointError, ConfigError, UnsupportedModelError
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
 
@@ -147,7 +147,10 @@ class TokenLayers:
     def __init__(self, target: Target, vocab_map: Tensor | None):
         # a target whose drafted tokens are not its input tokens (image codes, say) brings its own layers
         self.embedding = getattr(target, "embed", None) or target.model.get_input_embeddings()
-        self.output: nn.Module = getattr(target, "output_layer", None) or target.model.get_output_embeddings()
+        output = getattr(target, "output_layer", None) or target.model.get_output_embeddings()
+        if output is None:
+            raise UnsupportedModelError(f"{type(target.model).__name__} has no output layer that heads could share")
+        self.output: Any = output
         self.vocab_map, self.vocab_size, self.dtype = vocab_map, target.vocab_size, target.model.dtype
         self.rows: tuple[Tensor, Tensor | None] | None = None
         if vocab_map is not None and isinstance(self.output, nn.Linear):
@@ -222,7 +225,8 @@ class HeadDrafter(Generic[M]):
         """A head's output `[S, N, d]` to guided logits `[B, N, V]`, combined as the target combines its own."""
         logits = self.layers.logits(hidden)
         if (guidance := self.target.guidance) is not None:
-            logits = guidance.combine(*logits.chunk(2), guidance.scale)
+            conditional, unconditional = logits.chunk(2)
+            logits = guidance.combine(conditional, unconditional, guidance.scale)
         return self.layers.spread(logits)
 
     def draw(self, logits: Tensor) -> Draft:

@@ -74,9 +74,13 @@ class Medusa(HeadDrafter[MedusaModel]):
         if last.shape[1]:
             self.hidden = take(last, torch.tensor(self.lengths, device=last.device) - 1)
 
-    def propose(self, count: int) -> Draft:
+    def block(self, count: int) -> Tensor:
+        """Logits `[B, count, V]` of the next positions, fewer if there are fewer heads."""
         self.context.stats.draft_calls += 1
-        return self.draw(self.logits(self.model(self.hidden)[:, :count]))
+        return self.logits(self.model(self.hidden)[:, :count])
+
+    def propose(self, count: int) -> Draft:
+        return self.draw(self.block(count))
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
         self.hidden = take(hidden[0], self.streams(accepted))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyspec.drafting.base import Context, Draft
 from polyspec.lengths import positive
+from polyspec.target import Target
 
 
 class NgramIndex:
@@ -52,6 +53,9 @@ class PromptLookup:
 
     def __init__(self, max_ngram: int = 3):
         self.max_ngram = positive("max_ngram", max_ngram)
+
+    def check(self, target: Target) -> None:
+        pass
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.sequences = context.sequences

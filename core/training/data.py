@@ -124,7 +124,8 @@ def continue_prompts(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     plain = polyspec.custom_generate("autoregressive", seed=seed)
-    out = model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=pad, custom_generate=plain, **knobs)
+    generate: Any = model.generate
+    out = generate(ids, attention_mask=mask, do_sample=True, pad_token_id=pad, custom_generate=plain, **knobs)
     ends = config.eos_token_id if config else None
     stops = np.atleast_1d(np.asarray([] if ends is None else ends))
     rows = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -40,9 +42,11 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    components = principal_components(target.model.get_input_embeddings().weight[: target.vocab_size], hidden_size)
+    theirs_table: Any = target.model.get_input_embeddings().weight
+    components = principal_components(theirs_table[: target.vocab_size], hidden_size)
+    table: Any = model.get_input_embeddings().weight
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, : components.shape[1]] = components * config.initializer_range
+        table[:, : components.shape[1]] = components * config.initializer_range
     return model.eval()
 
 

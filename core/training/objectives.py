@@ -137,9 +137,11 @@ class DistilObjective:
 
     def __call__(self, model: PreTrainedModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
         tokens, last = batch["tokens"], batch["hidden"][-1]
-        hidden = model.get_decoder()(input_ids=tokens[:, :-1]).last_hidden_state
+        decoder, output = model.get_decoder(), model.get_output_embeddings()
+        assert output is not None
+        hidden = decoder(input_ids=tokens[:, :-1]).last_hidden_state
         at = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, self.positions)
-        log_q = model.get_output_embeddings()(rows_at(hidden, at)).float().log_softmax(-1)
+        log_q = output(rows_at(hidden, at)).float().log_softmax(-1)
         p = layers.logits(rows_at(last, at)).float().softmax(-1)
         cross = -(p * log_q).sum(-1).mean()  # KL(p ‖ q) up to p's own entropy
         hard = functional.nll_loss(log_q.flatten(0, 1), tokens.gather(1, at + 1).flatten())

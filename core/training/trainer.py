@@ -204,11 +204,11 @@ def train_head(
     )
     trainer.remove_callback(PrinterCallback)
     done = 0 if last is None else int(last.rpartition("-")[2])
-    if schedule.spent(done, clock.before) < 1:
+    if last is not None and schedule.spent(done, clock.before) >= 1:
+        trainer._load_from_checkpoint(last)
+    else:
         trainer.train(resume_from_checkpoint=last)
         done = trainer.state.global_step
-    else:
-        trainer._load_from_checkpoint(last)
     model.eval().save_pretrained(output)
     summary = {**clock.averages, "steps": float(done), "seconds": clock.seconds}
     (output / "training.json").write_text(json.dumps(summary, indent=1))

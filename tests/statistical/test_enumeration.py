@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ NEGATIVE = (2, 0)
 THRESHOLD = 1e-6
 BATCH = 10_000
 SAMPLES = 100_000
-NOISE = 0.6  # how far drafters are from the target: about half of the drafts are kept
+NOISE = 0.35  # how far drafters are from the target: about half of the drafts are kept
 EXACT = text_recipes()
 
 
@@ -65,8 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @cache
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return sharpen(llama(vocab=VOCAB, layers=1, hidden=16), 1.5).eval()
+    torch.manual_seed(10)  # a model whose next token is neither certain nor evenly spread, and which ends at times
+    return sharpen(llama(vocab=VOCAB, layers=2, hidden=16), 1.8).eval()
 
 
 def generate_options(variant: str, rows: int) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def draw(fast: polyspec.CustomGenerate, variant: str, prompts: tuple[tuple[int, 
     mask = torch.tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts])
     copies, drawn = BATCH // len(prompts), []
     for number in range(samples // copies):
-        fast.seed = 1_000_000 * number  # rows take consecutive seeds
+        # rows take consecutive seeds; recipes have seeds of their own, so that one unlikely draw is not seen everywhere
+        fast.seed = 10**6 * number + 10**9 * crc32(fast.method.recipe.name.encode())
         out = model().generate(
             input_ids=ids.repeat(copies, 1),
             attention_mask=mask.repeat(copies, 1),

@@ -1,0 +1,53 @@
+"""A tree out of one block of independent predictions: the likeliest paths through it.
+
+DDTree, 2604.12989, for block drafters; Medusa's tree attention, 2401.10774 §2.1.1, with the tree chosen anew each round
+instead of fixed. Exact whatever the tree: its nodes are certain, and the target's own draw at a node picks the child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from polyspec.drafting.base import Context, Draft, Drafter
+from polyspec.lengths import positive
+from polyspec.target import Target
+from polyspec.trees import best_first_block
+
+
+class BlockDrafter(Drafter, Protocol):
+    """A drafter that predicts several positions at once."""
+
+    def block(self, count: int) -> Tensor:
+        """Logits `[B, n, V]` of the next n ≤ `count` positions, each predicted without knowing the others' tokens."""
+        ...
+
+
+class BlockTree:
+    """The `nodes` likeliest paths through what the drafter `inner(**needs)` predicts."""
+
+    def __init__(self, inner: Callable[..., BlockDrafter], nodes: int, **needs: Any):
+        self.nodes = positive("nodes", nodes)
+        self.inner = inner(**needs)
+        self.hidden_layers = self.inner.hidden_layers
+
+    def check(self, target: Target) -> None:
+        self.inner.check(target)
+
+    def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
+        self.context = context
+        self.inner.begin(context, hidden)
+
+    def propose(self, count: int) -> Draft:
+        s, processing = self.context.sequences, self.context.processing
+        logits = self.inner.block(count)
+        # ranking needs no processor that looks at the drafted prefix: it only orders candidates
+        scores = processing.scores(logits, s, s.tail(1)[:, :0]) if processing.history_free else logits.float()
+        q = self.context.draws.outlook(scores, s.positions(logits.shape[1])).softmax(-1)
+        tokens, tree, _ = best_first_block(q, self.nodes)
+        return Draft(tokens, None, tree)
+
+    def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
+        self.inner.observe(hidden, accepted)
