@@ -1,8 +1,8 @@
 """The target's hidden states on a corpus, computed once and kept on disk.
 
 A folder holds one file a layer, `layer-28.bin`: bfloat16 `[tokens of the corpus, d]`, the rows of the corpus end to end
-(each row's last token has no state: nothing is drafted after it). Computing again continues where it stopped, and
-computes only layers that are not there.
+(each row's last token has no state: nothing is drafted after it). Computing again continues where it stopped, also
+where the corpus has grown, and computes only layers that are not there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -91,20 +92,23 @@ def compute_features(
 
 
 def progress_of(folder: Path, layer: int, corpus: Corpus, width: int) -> int:
-    """Rows already computed for `layer`."""
+    """Rows of `corpus` that `folder` already has for `layer`. A corpus may have grown since, not changed."""
     note = layer_file(folder, layer).with_suffix(".json")
     if not note.exists():
         layer_file(folder, layer).unlink(missing_ok=True)
         return 0
     stored = json.loads(note.read_text())
-    if (stored["tokens"], stored["width"]) != (len(corpus.tokens), width):
+    if stored["rows"] > len(corpus) or stored != progress_note(corpus, width, stored["rows"]):
         raise CheckpointError(
-            f"{folder} holds the hidden states of another corpus or target ({stored['tokens']} tokens of width "
-            f"{stored['width']}, not {len(corpus.tokens)} of {width}); delete it or choose another folder"
+            f"{folder} holds the hidden states of another corpus or target; delete it or choose another folder"
         )
     return stored["rows"]
 
 
+def progress_note(corpus: Corpus, width: int, rows: int) -> dict[str, int]:
+    return {"rows": rows, "width": width, "checksum": crc32(corpus.tokens[: corpus.starts[rows]].tobytes())}
+
+
 def note_progress(folder: Path, layer: int, corpus: Corpus, width: int, rows: int) -> None:
     note = layer_file(folder, layer).with_suffix(".json")
-    note.write_text(json.dumps({"rows": rows, "tokens": len(corpus.tokens), "width": width}))
+    note.write_text(json.dumps(progress_note(corpus, width, rows)))

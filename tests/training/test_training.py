@@ -188,7 +188,8 @@ def test_a_trimmed_vocabulary_holds_the_most_frequent_generated_tokens() -> None
 
 def test_stored_hidden_states_are_those_of_the_plain_model(tmp_path: Path) -> None:
     tgt, corpus = make_target(target("llama")), greedy_text()
-    compute_features(tgt, corpus, [1], tmp_path, batch=3)
+    grown_later = Corpus(corpus.tokens[: corpus.starts[3]], corpus.starts[:4], corpus.prompts[:3])
+    compute_features(tgt, grown_later, [1], tmp_path, batch=2)
     features = compute_features(tgt, corpus, [1, 2], tmp_path, batch=2)
     for i in range(len(corpus)):
         expected = target("llama")(corpus.row(i)[None], output_hidden_states=True).hidden_states
