@@ -67,8 +67,12 @@ class Processing:
             else:
                 out = scores.clone()
                 for column in range(width):
-                    drafted = drafts[:, : first + column] if tree is None else drafts[:, tree.path_to(column)]
-                    for rows, prefix in sequences.prefixes(drafted):
+                    if tree is None:
+                        prefixes = sequences.prefixes(drafts[:, : first + column])
+                    else:
+                        above = tree.ancestors[..., column, 1:].expand(batch, -1)
+                        prefixes = sequences.branches([d[a] for d, a in zip(drafts, above, strict=True)])
+                    for rows, prefix in prefixes:
                         # the whole batch each time: a processor may know its rows by their index
                         processed = processor(prefix, scores[:, column].clone())  # type: ignore[arg-type]
                         out[rows, column] = processed[rows]

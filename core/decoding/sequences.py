@@ -85,6 +85,16 @@ class Sequences:
             rows = torch.tensor([i for i, n in enumerate(self.lengths) if n == length], device=self.device)
             yield rows, torch.cat([self.tokens[:, :length], drafted], dim=1)
 
+    def branches(self, paths: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `prefixes`, where each row has drafts of its own, `paths[b] [j_b]`."""
+        ends = [n + len(p) for n, p in zip(self.lengths, paths, strict=True)]
+        for end in sorted(set(ends)):
+            rows = [b for b, e in enumerate(ends) if e == end]
+            tokens = torch.nn.functional.pad(self.tokens[:, :end], (0, max(0, end - self.tokens.shape[1])), value=self.pad)
+            for b in rows:
+                tokens[b, self.lengths[b] : end] = paths[b]
+            yield torch.tensor(rows, device=self.device), tokens
+
     def commit(self, drafted: Tensor, verdict: Verdict, best: Tensor, also: Tensor | None = None) -> list[int]:
         """Append each running row's accepted drafts (`drafted [B, N]`) and next token, up to its end.
 

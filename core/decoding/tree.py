@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from polyspec.decoding.chain import in_lockstep
 from polyspec.drafting.base import Context, Draft, Drafter
-from polyspec.errors import UnsupportedModelError
 from polyspec.trees import chain
 from polyspec.verification import Verdict
+from polyspec.verification.tree_walk import path_of
 
 
 class TreeLoop:
@@ -28,16 +29,13 @@ class TreeLoop:
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""
         target, sequences, stats = context.target, context.sequences, context.stats
-        if target.lockstep:
-            raise UnsupportedModelError(
-                f"{type(target.model).__name__} takes no position ids, so sibling drafts cannot share a position; use "
-                "a chain recipe"
-            )
         context.length.begin(context)
         while not sequences.finished:
             count = max(0, min(context.length.next(), sequences.remaining - 1))
             with stats.timed("draft"):
                 draft = drafter.propose(count) if count > 0 else no_tree(sequences.tail(1))
+                if target.lockstep:  # positions come from the cache's slots, so siblings cannot share one
+                    draft = trunk(draft)
             tree = draft.tree
             assert tree is not None
             with stats.timed("target"):
@@ -47,14 +45,17 @@ class TreeLoop:
                 positions = sequences.positions(1) + tree.depth.to(sequences.device)
                 path, accepted, token = context.draws.walk(self.walk, draft, scores, positions)
                 drafted = draft.tokens.gather(1, path.clamp(min=0))
+                verdict = Verdict(accepted, token)
+                if target.lockstep:
+                    verdict = in_lockstep(verdict, drafted, sequences.running_tensor)
                 # offsets of the committed token and of the walked nodes among the tokens just scored
                 kept = torch.nn.functional.pad(path + 1, (1, 0)).clamp(min=0)
                 best = scores.amax(-1).gather(1, kept)
-                gained = sequences.commit(drafted, Verdict(accepted, token), best)
+                gained = sequences.commit(drafted, verdict, best)
                 target.keep_path(kept[:, : max(gained)])
                 target.rollback(sequences.cached)
             with stats.timed("draft"):
-                drafter.observe(along(output.hidden, kept[:, : max(gained)]), accepted)
+                drafter.observe(along(output.hidden, kept[:, : max(gained)]), verdict.accepted)
             stats.record(tree.height, gained, tree.size)
             context.length.observe(tree.height, gained, stats)
 
@@ -65,6 +66,16 @@ def along(hidden: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
         return hidden
     index = kept if hidden[0].shape[0] == kept.shape[0] else torch.cat([kept, kept])
     return tuple(h.gather(1, index[..., None].expand(-1, -1, h.shape[-1])) for h in hidden)
+
+
+def trunk(draft: Draft) -> Draft:
+    """Only the first child of every node, from the root down: a chain of certain tokens, as deep as the tree."""
+    tree = draft.tree
+    assert tree is not None
+    later = torch.nn.functional.pad(tree.rank > 0, (1, 0))
+    first = ~(tree.ancestors & later.unsqueeze(-2)).any(-1)[..., 1:]
+    path, _, _ = path_of(first.expand_as(draft.tokens), tree.height)
+    return Draft(draft.tokens.gather(1, path.clamp(min=0)), None, chain(tree.height).to(draft.tokens.device))
 
 
 def no_tree(last: Tensor) -> Draft:

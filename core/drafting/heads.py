@@ -62,7 +62,7 @@ class HeadModel(PreTrainedModel):
         target = make_target(target) if isinstance(target, PreTrainedModel) else target
         theirs = target.config
         known = {
-            "target_name": str(target.model.name_or_path or type(target.model).__name__),
+            "target_name": name_of(target),
             "target_hidden_size": theirs.hidden_size,
             "target_num_layers": theirs.num_hidden_layers,
             "target_vocab_size": target.vocab_size,
@@ -104,9 +104,15 @@ class HeadModel(PreTrainedModel):
             sizes = "width {}, {} layers, {} tokens"
             raise CheckpointError(
                 f"these heads were trained for {c.target_name} ({sizes.format(*ours)}), the target is "
-                f"{target.model.name_or_path or type(target.model).__name__} ({sizes.format(*theirs)}); train heads "
+                f"{name_of(target)} ({sizes.format(*theirs)}); train heads "
                 "for it with polyspec task=train"
             )
+
+
+def name_of(target: Target) -> str:
+    """The hub id of a target, the name of the folder it came from, or else its class."""
+    name = target.model.name_or_path
+    return (Path(name).name if Path(name).is_dir() else name) or type(target.model).__name__
 
 
 M = TypeVar("M", bound=HeadModel)

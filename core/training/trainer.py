@@ -169,7 +169,7 @@ def train_head(
     output: str | Path,
 ) -> dict[str, float]:
     """Train `model` to draft for `target`, or continue from the last checkpoint in `output`/checkpoints; save it to
-    `output`. Returns the running averages of losses and accuracies at the end."""
+    `output` in the target's dtype. Returns the running averages of losses and accuracies at the end."""
     output = Path(output)
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
@@ -209,7 +209,7 @@ def train_head(
     else:
         trainer.train(resume_from_checkpoint=last)
         done = trainer.state.global_step
-    model.eval().save_pretrained(output)
+    model.to(low).eval().save_pretrained(output)  # type: ignore[call-overload]
     summary = {**clock.averages, "steps": float(done), "seconds": clock.seconds}
     (output / "training.json").write_text(json.dumps(summary, indent=1))
     return summary
