@@ -91,7 +91,7 @@ class HeadModel(PreTrainedModel):
             "num_key_value_heads": min(heads, getattr(theirs, "num_key_value_heads", None) or heads),
             "head_dim": width // heads,
             "intermediate_size": getattr(theirs, "intermediate_size", None) or 4 * width,
-            "max_position_embeddings": theirs.max_position_embeddings,
+            "max_position_embeddings": getattr(theirs, "max_position_embeddings", 4096),  # rotary: no limit of its own
         }
         return {**fallback, **sizes}
 

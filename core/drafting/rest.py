@@ -2,8 +2,8 @@
 
 REST: Retrieval-Based Speculative Decoding, 2311.08252, §3. The longest suffix of the row (at most `longest` tokens)
 that occurs in the datastore is looked up in a suffix array; what followed its occurrences forms a trie weighted by
-counts. The chain walks that trie, at each node to the most frequent child. Drafts are certain (one-hot q): exact under
-any exact rule. Runs on the host, on tokens that the loop has brought there anyway.
+counts, and its most frequent nodes are drafted as a tree. Exact: nodes are certain, and the target's own draw at each
+node picks the child. Runs on the host, on tokens that the loop has brought there anyway.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from polyspec.drafting.base import Context, Draft
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.lengths import positive
 from polyspec.target import Target
+from polyspec.trees import Tree
 
 END = np.iinfo(np.uint32).max  # stands between texts; no token has this id
 SORTED = 64  # suffixes are in order as far as this many tokens
@@ -104,17 +105,26 @@ def suffix_order(tokens: np.ndarray) -> np.ndarray:
     return np.argsort(rank, kind="stable")
 
 
-def likeliest(continuations: np.ndarray) -> list[int]:
-    """The path through the trie of `continuations [m, N]` that takes the most frequent child at each node."""
-    path: list[int] = []
+def trie(continuations: np.ndarray, nodes: int) -> tuple[list[int], list[int]]:
+    """The `nodes` most frequent nodes of the trie of `continuations [m, N]`, shallower ones first where counts are equal:
+    their tokens, and each one's parent (-1: the root), which comes before it."""
+    tokens, counts, parents = ([np.empty(0, dtype=np.int64)] for _ in range(3))
+    node, before = np.full(len(continuations), -1, dtype=np.int64), 0
     for column in range(continuations.shape[1]):
-        values, counts = np.unique(continuations[:, column], return_counts=True)
-        inside = values != END
-        if not inside.any():
-            break
-        path.append(int(values[inside][counts[inside].argmax()]))
-        continuations = continuations[continuations[:, column] == path[-1]]
-    return path
+        inside = continuations[:, column] != END
+        continuations, node = continuations[inside], node[inside]
+        key = (node + 1 << 32) + continuations[:, column]
+        children, which, count = np.unique(key, return_inverse=True, return_counts=True)
+        tokens.append(children & 0xFFFFFFFF)
+        parents.append((children >> 32) - 1)
+        counts.append(count)
+        node, before = before + which, before + len(children)
+    token, count, parent = (np.concatenate(part) for part in (tokens, counts, parents))
+    # no node is more frequent than its parent, so that the best ones hang together
+    best = np.sort(np.argsort(-count, kind="stable")[:nodes])
+    place = np.full(len(token) + 1, -1)
+    place[best] = np.arange(len(best))
+    return token[best].tolist(), place[parent[best]].tolist()
 
 
 @cache
@@ -125,15 +135,20 @@ def _load(path: str, _changed: float) -> Datastore:
 class Rest:
     """Retrieval from `datastore`: a Datastore, the file of one, or token lists.
 
-    longest, shortest: how many tokens of context are matched. Rows without a match repeat their last token; if no row
-    has one, nothing is drafted.
+    nodes: the size of the tree that is drafted. longest, shortest: how many tokens of context are matched. Where no row
+    has a match, nothing is drafted.
     """
 
     hidden_layers: tuple[int, ...] = ()
 
     def __init__(
-        self, datastore: Datastore | str | PathLike[str] | Sequence[Sequence[int]], longest: int = 16, shortest: int = 2
+        self,
+        datastore: Datastore | str | PathLike[str] | Sequence[Sequence[int]],
+        nodes: int = 16,
+        longest: int = 16,
+        shortest: int = 2,
     ):
+        self.nodes = positive("nodes", nodes)
         self.longest, self.shortest = positive("longest", longest), positive("shortest", shortest)
         if self.longest > SORTED or self.shortest > self.longest:
             raise ConfigError(f"need shortest ≤ longest ≤ {SORTED}, got {shortest} and {longest}")
@@ -157,21 +172,21 @@ class Rest:
             )
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
-        self.check(context.target)
         self.sequences = context.sequences
 
     def propose(self, count: int) -> Draft:
         s, rows = self.sequences, []
         for tokens, running in zip(s.history, s.running, strict=True):
-            found = np.empty((0, count))
+            found = np.empty((0, count), dtype=np.uint32)
             if running:
                 found = self.datastore.continuations(tokens[-self.longest :], count, self.longest, self.shortest)
-            rows.append(likeliest(found))
-        width = max(map(len, rows))
-        if width == 0:
-            return Draft(s.tail(1)[:, :0])
-        filled = [row + [tokens[-1]] * (width - len(row)) for row, tokens in zip(rows, s.history, strict=True)]
-        return Draft(torch.tensor(filled, device=s.device))
+            rows.append(trie(found, self.nodes))
+        size = max(len(tokens) for tokens, _ in rows)
+        # a row with fewer nodes repeats its last token under the root: as a draft it is as good as any
+        tokens = [[*t, *[h[-1]] * (size - len(t))] for (t, _), h in zip(rows, s.history, strict=True)]
+        parents = [[*p, *[-1] * (size - len(p))] for _, p in rows]
+        tokens, parents = (torch.tensor(x, dtype=torch.long, device=s.device) for x in (tokens, parents))
+        return Draft(tokens, None, Tree(parents))
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
         pass

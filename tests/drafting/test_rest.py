@@ -10,7 +10,7 @@ import torch
 from tiny_models import VOCAB, target
 
 import polyspec
-from polyspec.drafting.rest import Datastore, likeliest
+from polyspec.drafting.rest import Datastore, trie
 
 PROMPT = torch.tensor([[5, 9, 3, 7]])
 
@@ -48,15 +48,33 @@ def test_every_occurrence_of_a_suffix_is_found() -> None:
 
 def test_the_longest_suffix_is_matched_and_nothing_crosses_a_texts_end() -> None:
     store = Datastore.from_tokens([[1, 2, 3, 9], [7, 3, 8, 8]])
-    assert likeliest(store.continuations([1, 2, 3], 4, longest=16, shortest=1)) == [9]
-    assert likeliest(store.continuations([7, 3], 4, longest=16, shortest=1)) == [8, 8]
-    assert likeliest(store.continuations([5, 9], 4, longest=16, shortest=1)) == []
-    assert likeliest(store.continuations([7, 3], 4, longest=16, shortest=3)) == []
+
+    def drafted(context: list[int], shortest: int = 1) -> list[int]:
+        return trie(store.continuations(context, 4, longest=16, shortest=shortest), nodes=9)[0]
+
+    assert drafted([1, 2, 3]) == [9]
+    assert drafted([7, 3]) == [8, 8]
+    assert drafted([5, 9]) == []
+    assert drafted([7, 3], shortest=3) == []
 
 
-def test_the_chain_takes_the_most_frequent_child_at_each_node() -> None:
+def test_the_tree_holds_the_most_frequent_continuations() -> None:
     followed = np.array([[1, 5, 5], [1, 6, 7], [1, 6, 8], [2, 9, 9], [1, 6, 8]], dtype=np.uint32)
-    assert likeliest(followed) == [1, 6, 8]
+    assert trie(followed, 3) == ([1, 6, 8], [-1, 0, 1])
+    tokens, parents = trie(followed, 5)
+    assert (tokens, parents) == ([1, 2, 5, 6, 8], [-1, -1, 0, 0, 3])
+    tokens, parents = trie(followed, 99)
+    assert len(tokens) == 9
+    assert all(parent < node for node, parent in enumerate(parents))
+
+
+def test_rows_with_different_matches_share_one_batch() -> None:
+    ids = torch.tensor([[5, 9, 3, 7], [8, 8, 2, 4], [1, 6, 6, 6]])
+    knobs = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+    plain = target("llama").generate(ids, **knobs)
+    fast = polyspec.custom_generate("rest", datastore=[plain[1].tolist(), [6, 6, 3]], length=6)
+    assert torch.equal(target("llama").generate(ids, **knobs, custom_generate=fast), plain)
+    assert fast.stats.accepted_tokens > 10
 
 
 def test_bad_datastores_are_named(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def plain(model: PreTrainedModel, given: dict[str, Tensor], **options: Any) -> A
 
 
 def refuses(recipe: Recipe, family: str) -> bool:
-    """Whether the recipe drafts trees, which takes position ids, and the family has none: it must say so, then."""
-    if family != "t5" or any(kind in str(recipe.config.loop) for kind in (".Chain", ".Jacobi")):
+    """Whether the recipe needs siblings at one position, which takes position ids, and the family has none: it must say so."""
+    if family != "t5" or any(kind in str(recipe.config.loop) for kind in (".Chain", ".Jacobi", ".TreeLoop")):
         return False
     with pytest.raises(polyspec.UnsupportedModelError, match="position ids"):
         run(recipe, target(family), inputs(family, 1))

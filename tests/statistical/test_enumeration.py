@@ -78,6 +78,7 @@ def generate_options(variant: str, rows: int) -> dict[str, Any]:
 
 
 @cache
+@torch.no_grad()
 def exact_distribution(variant: str, prompt: tuple[int, ...]) -> np.ndarray:
     """Probability of every sequence `[V] * LENGTH`, by one forward pass over all of them and transformers' processors."""
     prepared: list[Any] = []
@@ -90,8 +91,7 @@ def exact_distribution(variant: str, prompt: tuple[int, ...]) -> np.ndarray:
     model().generate(ids, **generate_options(variant, 1), custom_generate=capture)
     prefixes = torch.cartesian_prod(*[torch.arange(VOCAB)] * (LENGTH - 1))
     rows = torch.cat([ids.expand(len(prefixes), -1), prefixes], dim=1)
-    with torch.no_grad():
-        logits = model()(rows).logits[:, len(prompt) - 1 :].float()
+    logits = model()(rows).logits[:, len(prompt) - 1 :].float()
     table = torch.ones(())
     for step in range(LENGTH):
         chosen = torch.arange(VOCAB**step) * VOCAB ** (LENGTH - 1 - step)  # one row for every prefix of this length
@@ -390,14 +390,18 @@ def drafts_are_checked_against_the_distribution_before_top_k(patch: pytest.Monke
 
 @wrong()
 def a_kept_token_is_replaced_by_a_fresh_one(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
-    original = Sequences.commit
+    commit, verify = Sequences.commit, Independent.verify
+    seen: list[Tensor] = []
 
-    def commit(self: Sequences, drafted: Tensor, verdict: Verdict, scores: Tensor, **kwargs: Any) -> list[int]:
-        if drafted.shape[1] and scores.dim() == 3:
-            drafted = sample(scores[:, :-1].softmax(-1))
-        return original(self, drafted, verdict, scores, **kwargs)
+    def record(self: Independent, rule: Any, draft: Any, scores: Tensor, positions: Tensor) -> Verdict:
+        seen[:] = [scores[:, :-1].softmax(-1)]
+        return verify(self, rule, draft, scores, positions)
 
-    patch.setattr(Sequences, "commit", commit)
+    def replaced(self: Sequences, drafted: Tensor, *args: Any, **kwargs: Any) -> list[int]:
+        return commit(self, sample(seen[0]) if drafted.shape[1] else drafted, *args, **kwargs)
+
+    patch.setattr(Independent, "verify", record)
+    patch.setattr(Sequences, "commit", replaced)
     return made("speculative_sampling")
 
 
