@@ -111,8 +111,9 @@ class HeadModel(PreTrainedModel):
 
 def name_of(target: Target) -> str:
     """The hub id of a target, the name of the folder it came from, or else its class."""
-    name = target.model.name_or_path
-    return (Path(name).name if Path(name).is_dir() else name) or type(target.model).__name__
+    name = target.model.name_or_path or ""
+    name = Path(name).name if name and Path(name).is_dir() else name
+    return name or type(target.model).__name__
 
 
 M = TypeVar("M", bound=HeadModel)

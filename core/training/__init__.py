@@ -60,7 +60,7 @@ def train(config: Mapping[str, Any]) -> Path:
     folder = Path(data.pop("folder", None) or output / "data")
     corpus = generate_corpus(model, [encode(tokenizer, text) for text in texts], folder, **data)
     size = settings.get("vocabulary")
-    vocabulary = corpus.frequent(size) if size and size < target.vocab_size else None
+    vocabulary = corpus.frequent(size, target.vocab_size) if size and size < target.vocab_size else None
     head = instantiate(settings["head"])(target, vocabulary=vocabulary)
 
     depth = target.config.num_hidden_layers

@@ -45,14 +45,13 @@ class Corpus:
         """Tokens the target made, prompts left out."""
         return int(len(self.tokens) - self.prompts.sum())
 
-    def frequent(self, count: int) -> Tensor:
+    def frequent(self, count: int, vocab_size: int) -> Tensor:
         """The `count` token ids generated most often, ascending `[count]` long: a trimmed vocabulary (FR-Spec,
-        2502.14856). Fewer if fewer occur."""
+        2502.14856). Of ids that do not occur the lowest come first: tokenizers number what is frequent early."""
         index = np.arange(len(self.tokens)) - np.repeat(self.starts[:-1], np.diff(self.starts))
         generated = self.tokens[index >= np.repeat(self.prompts, np.diff(self.starts))]
-        counts = np.bincount(generated)
-        best = np.argsort(-counts, kind="stable")[:count]
-        return torch.from_numpy(np.sort(best[counts[best] > 0]))
+        counts = np.bincount(generated, minlength=vocab_size)
+        return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:count]))
 
 
 def corpus_of(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> Corpus:

@@ -504,8 +504,8 @@ class LMConfig:
     style_dropout: float = 0.5  # share of captions without the word for the style
     alias_share: float = 0.3  # share of captions that use the alias, where there is one
     unknown_words: float = 0.05  # share of captions with one unknown word put in
-    clean_contexts: float = 0.5  # share of rows whose context is not corrupted
-    corruption: float = 0.4  # highest share of corrupted tokens in a row
+    clean_contexts: float = 0.4  # share of rows whose context is not corrupted
+    corruption: float = 0.6  # highest share of corrupted tokens in a row
     checkpoint_minutes: float = 3.0
     seed: int = 0
 
@@ -513,18 +513,22 @@ class LMConfig:
 def corrupt(tokens: Tensor, clean: float, highest: float, generator: torch.Generator) -> Tensor:
     """Image tokens [B,256] as a context with mistakes in it.
 
-    A `clean` share of the rows stays; of every other row a share drawn from U(0, highest) is replaced by a random code
-    or by the token to the left or above, which is what parallel drafting starts from.
+    A `clean` share of the rows stays. Half of the others begin as the picture of another row, up to a random place, so
+    that the caption is trusted over a start that went wrong. In the rest a share drawn from U(0, highest) is replaced by
+    a random code or by the token to the left or above, which is what parallel drafting starts from.
     """
     batch, length = tokens.shape
+    row = torch.rand(batch, 1, generator=generator)
     rate = highest * torch.rand(batch, 1, generator=generator)
-    rate = rate * (torch.rand(batch, 1, generator=generator) >= clean)
     grid = tokens.view(batch, GRID, GRID)
     left, above = grid.roll(1, dims=2).reshape(batch, length), grid.roll(1, dims=1).reshape(batch, length)
     code = torch.randint(CODEBOOK, tokens.shape, generator=generator)
     kind = torch.randint(3, tokens.shape, generator=generator)
     wrong = torch.where(kind == 0, code, torch.where(kind == 1, left, above))
-    return torch.where(torch.rand(tokens.shape, generator=generator) < rate, wrong, tokens)
+    noisy = torch.where(torch.rand(tokens.shape, generator=generator) < rate, wrong, tokens)
+    start = torch.arange(length) < length * torch.rand(batch, 1, generator=generator)
+    swapped = torch.where(start, tokens.roll(1, dims=0), tokens)
+    return torch.where(row < clean, tokens, torch.where(row < (1 + clean) / 2, swapped, noisy))
 
 
 class ImageObjective(nn.Module):
@@ -560,6 +564,22 @@ def encode_pictures(model: JanusVQVAE, pixels: Tensor, batch: int = 64) -> Tenso
     """uint8 pixels [N,3,64,64] to tokens [N,256] in row order."""
     tokens = [model.encode(to_model_range(part)).image_tokens.view(len(part), -1) for part in pixels.split(batch)]
     return torch.cat(tokens)
+
+
+def picture_codes(model: JanusVQVAE, pixels: Tensor) -> Tensor:
+    """The codes [N,256] the language model learns: those of the encoder, but every flat colour always the same code.
+
+    The encoder writes plain white in dozens of codes, depending on what is near. That says nothing about the picture and
+    is hard to predict, so a patch of one colour gets the code that patches of its colour have most often.
+    """
+    codes = encode_pictures(model, pixels)
+    side = IMAGE_SIZE // GRID
+    patches = F.unfold(pixels.float(), side, stride=side).view(len(pixels), 3, side * side, -1)  # [N,3,16,256]
+    flat = (patches.amax(2) - patches.amin(2)).amax(1) <= 8  # [N,256]
+    red, green, blue = (patches.mean(2) / 16).long().clamp(max=15).unbind(1)
+    colour = (red * 16 + green) * 16 + blue
+    counts = torch.bincount((colour * CODEBOOK + codes)[flat], minlength=16**3 * CODEBOOK).view(16**3, CODEBOOK)
+    return torch.where(flat, counts.argmax(1)[colour], codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -630,7 +650,7 @@ def train_lm(data: DataConfig, config: LMConfig, output: Path) -> JanusForCondit
     vq.requires_grad_(False)
     with torch.no_grad():  # start from what the codes mean: their unit vectors, scaled to unit variance
         model.model.generation_embeddings.weight.copy_(vq.quantize.embedding.weight * vq.config.embed_dim**0.5)
-    tokens = encode_pictures(vq, pictures.pixels)
+    tokens = picture_codes(vq, pictures.pixels)
     captions = Captions.of(pictures, processor.tokenizer, data.aliases)
     train, test = lm_rows(pictures, config)
 
@@ -704,7 +724,7 @@ def train_decoder(data: DataConfig, config: DecoderConfig, styles: Iterable[str]
     model.load_state_dict(torch.load(output / "vq.pt", weights_only=True)["model"])
     train, test = pictures.pixels[drawn & ~pictures.test], pictures.pixels[drawn & pictures.test]
     train = torch.cat([train, train.flip(-1)])
-    codes, test_codes = encode_pictures(model, train), encode_pictures(model, test)
+    codes, test_codes = picture_codes(model, torch.cat([train, test])).tensor_split([len(train)])
     decoding = nn.ModuleDict({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder})
     optimizer = torch.optim.AdamW(decoding.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
 
@@ -830,7 +850,7 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
 
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)  # measured as it will be loaded
     vq = model.model.vqmodel
-    tokens = encode_pictures(vq, pictures.pixels)
+    tokens = picture_codes(vq, pictures.pixels)
     use = torch.bincount(tokens.flatten(), minlength=CODEBOOK) / tokens.numel()
     train, test = lm_rows(pictures, lm)
     held_out = pictures.pixels[pictures.test]
