@@ -47,6 +47,8 @@ def decode(
     start = time.perf_counter()
     drafter = method.drafter()
     drafter.check(target)
+    if hasattr(method.loop, "check"):
+        method.loop.check(target)
     target.hidden_layers = tuple(drafter.hidden_layers)
     prompt = sequences.tokens[:, : sequences.prompt_length]
     mask = None
@@ -93,7 +95,7 @@ class CustomGenerate:
             model_kwargs.pop(key, None)
         if model_kwargs.get("inputs_embeds") is not None:
             raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
-        check_prompt(input_ids, model, mask)
+        check_prompt(input_ids, model, mask, getattr(generation_config, "_mask_length", None))
         guidance, processors = split_guidance(logits_processor)
         eos, max_length, stops = split_stopping(stopping_criteria, generation_config)
         if max_length <= input_ids.shape[1]:
@@ -140,18 +142,24 @@ def custom_generate(
     return CustomGenerate(build(find_recipe(recipe), overrides), seed=seed, streamer=streamer)
 
 
-def check_prompt(input_ids: Tensor, model: PreTrainedModel, mask: Tensor | None) -> None:
-    """InputError unless `input_ids` is a non-empty `[B, P]` tensor of ids the model knows, padded on the left."""
+def check_prompt(input_ids: Tensor, model: PreTrainedModel, mask: Tensor | None, covered: int | None = None) -> None:
+    """InputError unless `input_ids` is a non-empty `[B, P]` tensor of ids the model knows, padded on the left.
+
+    mask: `[B, P]`, or None if all of it was ones; then covered says how many columns it had, if there was one."""
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise InputError(f"the prompt is empty (input_ids has shape {list(input_ids.shape)}); give at least one token")
     vocab = model.config.get_text_config(decoder=True).vocab_size
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab:
         raise InputError(f"the prompt holds token id {low if low < 0 else high}; the model knows 0 … {vocab - 1}")
+    covered = covered if mask is None else mask.shape[1]
+    if covered not in (None, input_ids.shape[1]):
+        raise InputError(
+            f"the attention mask covers {covered} tokens, the prompt has {input_ids.shape[1]}; give all of the prompt, "
+            "also what past_key_values holds of it"
+        )
     if mask is None:
         return
-    if mask.shape != input_ids.shape:
-        raise InputError(f"attention_mask has shape {list(mask.shape)}, the prompt {list(input_ids.shape)}; give one a token")
     real = mask.long()
     if bool((real.diff(dim=1) < 0).any()):
         raise InputError("the attention mask has gaps or padding on the right; pad prompts on the left")
@@ -183,7 +191,7 @@ def split_stopping(
         if isinstance(criterion, stopping_criteria.EosTokenCriteria):
             eos = criterion.eos_token_id
         elif isinstance(criterion, stopping_criteria.MaxLengthCriteria):
-            max_length = criterion.max_length
+            max_length = min(max_length, criterion.max_length)
         else:
             rest.append(criterion)
     return eos, max_length, rest

@@ -84,6 +84,8 @@ class Adaptive(Fixed):
     def __init__(self, length: int, minimum: int = 1, maximum: int = 16):
         super().__init__(length)
         self.minimum, self.maximum = positive("minimum", minimum), positive("maximum", maximum)
+        if minimum > maximum:
+            raise ConfigError(f"minimum must not exceed maximum, got {minimum} and {maximum}")
 
     def begin(self, context: Context) -> None:
         self.current, self.shrunk = self.length, False

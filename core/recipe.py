@@ -149,7 +149,8 @@ def build(recipe: Recipe, overrides: Mapping[str, Any]) -> Method:
         assert isinstance(plain, dict)
         loop = instantiate(plain["loop"], _convert_="all")
         drafter = instantiate(plain.get("drafter", {"_target_": "polyspec.drafting.NoDraft", "_partial_": True}))
-        length = make_length(plain.get("length", 1))
+        named = "length" if "length" in knobs or "window" not in recipe.knobs else "window"
+        length = make_length(plain.get("length", 1), named)
         made = drafter(**objects)
     except PolyspecError:
         raise
@@ -168,15 +169,16 @@ NEEDS = {
 }
 
 
-def make_length(spec: Any) -> Any:
-    """A length policy from an int (fixed), the name of a file in `conf/length`, or a `_target_` mapping."""
+def make_length(spec: Any, knob: str = "length") -> Any:
+    """A length policy from an int (fixed), the name of a file in `conf/length`, or a `_target_` mapping; what is none
+    of these is reported as a value of `knob`."""
     from hydra.utils import instantiate
 
-    from polyspec.lengths import Fixed
+    from polyspec.lengths import Fixed, positive
 
     if isinstance(spec, str):
         named = {f.name.removesuffix(".yaml"): f for f in _yaml_files("length")}
         if spec not in named:
             raise unknown("length policy", spec, named)
         spec = OmegaConf.to_container(_load(named[spec]), resolve=True)
-    return instantiate(spec) if isinstance(spec, dict) else Fixed(spec)
+    return instantiate(spec) if isinstance(spec, dict) else Fixed(positive(knob, spec))

@@ -17,6 +17,7 @@ from torch import Tensor
 from polyspec.decoding.chain import fewest
 from polyspec.drafting.base import Context, Drafter
 from polyspec.errors import ConfigError, unknown
+from polyspec.target import Target
 from polyspec.verification import Verdict
 
 
@@ -37,19 +38,23 @@ class RepeatLeft:
 
 
 class RandomTokens:
-    """Uniformly random tokens, as in the paper's first variant."""
+    """Uniformly random tokens, as in the paper's first variant; the same in every run that got as far the same way."""
 
     def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
-        return torch.randint(0, context.target.vocab_size, guess.shape).to(guess.device)
+        generator = torch.Generator().manual_seed(sum(context.sequences.lengths))
+        return torch.randint(0, context.target.vocab_size, guess.shape, generator=generator).to(guess.device)
 
 
 class RepeatAbove:
     """The token one image row above, which is committed; the left neighbour in the first row."""
 
-    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
-        if context.target.row_width is None:
+    def check(self, target: Target) -> None:
+        if target.row_width is None:
             raise ConfigError("init='above' needs a target whose tokens form image rows; use 'left' or 'random'")
+
+    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
         s = context.sequences
+        assert context.target.row_width is not None
         above = s.length_tensor[:, None] + offset - context.target.row_width
         known = (above >= s.prompt_length) & (above < s.length_tensor[:, None])
         return torch.where(known, s.tokens.gather(1, above.clamp(0, s.limit)), guess)
@@ -72,6 +77,11 @@ class Jacobi:
             init = INITIALISATIONS[init]()
         self.rule = rule
         self.init = init
+
+    def check(self, target: Target) -> None:
+        """ConfigError if windows cannot be started on `target` as asked."""
+        if hasattr(self.init, "check"):
+            self.init.check(target)
 
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""

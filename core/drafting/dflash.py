@@ -32,9 +32,18 @@ from transformers.models.llama.modeling_llama import (
 
 from polyspec.cache import RaggedCache
 from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.early_exit import find_stack
 from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
 from polyspec.errors import ConfigError
 from polyspec.target import Target
+
+SAME_WEIGHTS = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    **{f"{p}_proj.weight": f"self_attn.{p}_proj.weight" for p in "qkvo"},
+    **{f"mlp.{p}_proj.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
+}
+"""Names of a layer's weights here and in a Llama-like target."""
 
 Attended = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From a block's own keys and values `[S, H, Q, D]` and the layer to all that the block attends to `[S, H, K, D]`."""
@@ -117,6 +126,24 @@ class DFlashModel(HeadModel):
         if not layers or not all(0 <= i <= depth for i in layers):
             raise ConfigError(f"target_layers must name hidden states 0 … {depth} of the target, got {layers}")
         return {**super().default_sizes(target, sizes), "target_layers": layers}
+
+    @torch.no_grad()
+    def start_from(self, target: Target) -> None:
+        """Begin as the target's own last layers, reading the deepest hidden state, where the shapes agree: the first
+        of them then finds the very keys and values it is used to. Saves most of the training."""
+        name = find_stack(target.model)
+        stack = list(target.model.get_submodule(name).children()) if name else []
+        for layer, source in zip(self.layers, stack[-len(self.layers) :], strict=False):
+            theirs = source.state_dict()
+            found = {ours: theirs[t] for ours, t in SAME_WEIGHTS.items() if t in theirs}
+            if {k: v.shape for k, v in layer.state_dict().items()} != {k: v.shape for k, v in found.items()}:
+                return
+            layer.load_state_dict(found)
+        if stack and self.config.hidden_size == self.config.target_hidden_size:
+            first: Any = self.layers[0]
+            self.fuse_norm.weight.copy_(first.attention_norm.weight)
+            self.fuse.weight.zero_()
+            self.fuse.weight[:, -self.config.hidden_size :].fill_diagonal_(1.0)
 
     def context(self, hidden: tuple[Tensor, ...], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """K, V `[S, H, T, D]` of every layer for committed tokens: target hidden states `[S, T, d_t]` per layer."""

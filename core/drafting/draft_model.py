@@ -53,12 +53,18 @@ class DraftModel:
         self.draft_target = make_target(self.model)
 
     def check(self, target: Target) -> None:
-        """InputError unless both models have one vocabulary, up to padding."""
+        """InputError unless both models have one vocabulary, up to padding, and one encoder if it needs any."""
         ours, theirs = self.draft_target.vocab_size, target.vocab_size
         if abs(ours - theirs) > PADDING:
             raise InputError(
                 f"the draft model has a vocabulary of {ours} tokens, the target {theirs}: they must share one "
                 "tokenizer; choose a draft model of the target's family"
+            )
+        ours, theirs = self.model.config, target.model.config
+        if ours.is_encoder_decoder and not (theirs.is_encoder_decoder and ours.hidden_size == theirs.hidden_size):
+            raise InputError(
+                f"an encoder-decoder draft model shares the target's encoder, which must give {ours.hidden_size} "
+                "features; use one distilled with the target's encoder, or a decoder-only draft model"
             )
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
@@ -79,14 +85,7 @@ class DraftModel:
         """What an encoder-decoder model attends to: the target's encoder outputs, as it has none of its own."""
         if not self.model.config.is_encoder_decoder:
             return {}
-        shared = {k: v for k, v in self.context.target.extra.items() if k in ("encoder_outputs", "attention_mask")}
-        width = self.model.config.hidden_size
-        if "encoder_outputs" not in shared or shared["encoder_outputs"][0].shape[-1] != width:
-            raise InputError(
-                f"an encoder-decoder draft model shares the target's encoder, which must give {width} features; use one "
-                "distilled with the target's encoder, or a decoder-only draft model"
-            )
-        return shared
+        return {k: v for k, v in self.context.target.extra.items() if k in ("encoder_outputs", "attention_mask")}
 
     def to_own(self, tokens: Tensor) -> Tensor:
         """Tokens on this model's device, ids beyond its vocabulary (padding the target has and we lack) clipped."""

@@ -30,6 +30,10 @@ def shallow(model: PreTrainedModel, layers: int) -> Any:
     """`model` with its decoder's first `layers` layers only, all parameters shared. Nothing is copied, `model` stays as
     it is. Raises UnsupportedModelError where no list of layers is found, ConfigError for a number out of range."""
     stack = find_stack(model)
+    if stack is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder layers that could be left early; use another recipe"
+        )
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
     if not 1 <= layers < depth:
         raise ConfigError(f"exit_layer must lie in 1 … {depth - 1} for a target of {depth} layers, got {layers}")
@@ -53,17 +57,15 @@ def shallow(model: PreTrainedModel, layers: int) -> Any:
     return whole
 
 
-def find_stack(model: PreTrainedModel) -> str:
-    """The dotted name of the decoder's list of layers."""
+def find_stack(model: PreTrainedModel) -> str | None:
+    """The dotted name of the decoder's list of layers, if it has one."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()
     for name, module in model.named_modules():
         inside = any(module is child for child in decoder.children())
         if inside and isinstance(module, nn.ModuleList) and len(module) == depth:
             return name
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of {depth} decoder layers that could be left early; use another recipe"
-    )
+    return None
 
 
 class EarlyExit:

@@ -77,7 +77,11 @@ class HeadModel(PreTrainedModel):
         if vocabulary is not None and config.trimmed:
             assert model.vocab_map is not None
             model.vocab_map.copy_(vocabulary)
+        model.start_from(target)
         return model.eval()
+
+    def start_from(self, target: Target) -> None:
+        """Take over what a head of this kind can use of the target's weights, before any training."""
 
     @classmethod
     def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +89,17 @@ class HeadModel(PreTrainedModel):
         theirs = target.config
         width = sizes.get("hidden_size", theirs.hidden_size)
         heads = sizes.get("num_attention_heads", theirs.num_attention_heads)
+        rope = getattr(theirs, "rope_parameters", None) or {}
+        own_dim = width // heads
+        if (width, heads) == (theirs.hidden_size, theirs.num_attention_heads):
+            own_dim = getattr(theirs, "head_dim", None) or own_dim
         fallback = {
             "hidden_size": width,
             "num_attention_heads": heads,
             "num_key_value_heads": min(heads, getattr(theirs, "num_key_value_heads", None) or heads),
-            "head_dim": width // heads,
+            "head_dim": own_dim,
             "intermediate_size": getattr(theirs, "intermediate_size", None) or 4 * width,
+            "rope_parameters": rope if "rope_theta" in rope else None,
             "max_position_embeddings": getattr(theirs, "max_position_embeddings", 4096),  # rotary: no limit of its own
         }
         return {**fallback, **sizes}

@@ -6,15 +6,16 @@ import gc
 import weakref
 from typing import Any
 
-import polyspec
 import pytest
 import torch
-from polyspec.cache import RaggedCache
-from polyspec.recipe import Recipe
 from recipe_needs import by_name, overrides, text_recipes
 from tiny_models import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import polyspec
+from polyspec.cache import RaggedCache
+from polyspec.recipe import Recipe
 
 VOCAB, PROMPT, NEW, BATCH = 1009, 40, 48, 2
 PER_ROUND = 24  # more tokens than any recipe here scores in a round, fewer than the prompt and the generated sequence
