@@ -188,9 +188,12 @@ class Auto(Fixed):
         self.context = context
         self.nominal = context.draws.fixed_rounds
         self.curve: np.ndarray | None = 1 + NOMINAL_CALL * np.arange(self.length + 1) if self.nominal else None
-        # what earlier runs taught is a start, worth ten rounds at most
-        trust = 0.0 if self.nominal else min(1.0, 10 / max(self.draft[0], 1e-9))
-        self.kept, self.tried, self.draft = self.kept * trust, self.tried * trust, self.draft * trust
+        if self.nominal:
+            self.kept, self.tried, self.draft = (np.zeros_like(x) for x in (self.kept, self.tried, self.draft))
+        else:  # what earlier runs taught is a start, worth ten rounds at most; in place, for a run's copy shares it
+            trust = min(1.0, 10 / max(self.draft[0], 1e-9))
+            for learnt in (self.kept, self.tried, self.draft):
+                learnt *= trust
         self.before = (0.0, 0.0)
         self.pause, self.wait = 0, 4
 
@@ -237,7 +240,8 @@ class Auto(Fixed):
             return
         drafting, scoring = stats.draft_seconds - self.before[0], stats.target_seconds - self.before[1]
         cost = drafting / max(scoring, 1e-9) * self.curve[reach]
-        self.draft = self.draft * self.decay + np.array([1.0, reach, reach**2, cost, reach * cost])
+        self.draft *= self.decay
+        self.draft += [1.0, reach, reach**2, cost, reach * cost]
         position = np.arange(reach)[:, None]
         self.kept *= self.decay
         self.tried *= self.decay

@@ -143,8 +143,10 @@ class HeadTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        with self.compute_loss_context_manager():
-            inputs["hidden"] = tuple(h.to(self.layers.dtype) for h in inputs["hidden"])
+        low = self.layers.dtype
+        inputs["hidden"] = tuple(h.to(low) for h in inputs["hidden"])
+        # around all of the objective: Trainer's own autocast covers the model's forward alone
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=low != torch.float32):
             found = self.objective(model, self.layers, inputs)
         self.clock.note({k: v.detach() for k, v in found.items()}, self.state.global_step)
         return found["loss"]
@@ -185,8 +187,6 @@ def train_head(
         weight_decay=schedule.weight_decay,
         adam_beta2=0.95,
         seed=schedule.seed,
-        bf16=low == torch.bfloat16,
-        fp16=low == torch.float16,
         use_cpu=target.device.type == "cpu",
         save_strategy="no",  # the clock saves
         save_total_limit=1,

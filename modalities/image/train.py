@@ -5,7 +5,7 @@ Three stages, each resumable from the checkpoint it writes every few minutes:
 1. `train_vq`       the image tokenizer, a `JanusVQVAE`: 64x64 pixels <-> 16x16 tokens from a codebook of 512;
 2. `train_lm`       the language model over caption and image tokens, in exactly the format that
                     `JanusForConditionalGeneration.generate(generation_mode="image")` presents when sampling;
-3. `train_decoder`  the tokenizer's decoder alone, on the style that is drawn.
+3. `train_decoder`  the tokenizer's decoder alone, on the pictures that are drawn.
 
 `train` runs all and exports the sample; `polyspec task=train modality=image` calls it.
 """
@@ -78,12 +78,11 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """pixels [N,3,64,64] uint8; captions, styles and subgroups, N strings each; test [N] bool."""
+    """pixels [N,3,64,64] uint8; captions and styles, N strings each; test [N] bool."""
 
     pixels: Tensor
     captions: tuple[str, ...]
     styles: tuple[str, ...]
-    subgroups: tuple[str, ...]
     test: Tensor
 
 
@@ -105,7 +104,6 @@ def read_pictures(data: DataConfig) -> Pictures:
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         captions=tuple(table["caption"]),
         styles=tuple(table["style"]),
-        subgroups=tuple(table["subgroup"]),
         test=torch.from_numpy(test.to_numpy(copy=True)),
     )
 
@@ -466,26 +464,52 @@ def new_model(processor: JanusProcessor) -> JanusForConditionalGeneration:
 # stage 2: the language model
 
 
-DRAWN = (  # kinds of things people ask for by name
-    *("animal-amphibian", "animal-bird", "animal-bug", "animal-mammal", "animal-marine", "animal-reptile"),
+DRAWN = (  # what people ask for by name
+    *("red heart", "orange heart", "yellow heart", "green heart", "blue heart", "purple heart", "black heart"),
+    *("broken heart", "rainbow", "sun", "sun with face", "crescent moon", "full moon", "star", "glowing star", "cloud"),
+    *("sun behind cloud", "cloud with rain", "snowflake", "snowman", "fire", "droplet", "umbrella", "high voltage"),
+    *("hamburger", "french fries", "hot dog", "taco", "popcorn", "doughnut", "cookie", "birthday cake", "cupcake"),
+    *("ice cream", "lollipop", "candy", "bread", "cheese wedge", "croissant", "pretzel", "pancakes", "sushi"),
+    *("red apple", "green apple", "pear", "lemon", "banana", "watermelon", "grapes", "strawberry", "cherries", "peach"),
+    *("pineapple", "avocado", "tomato", "carrot", "broccoli", "ear of corn", "mushroom", "teapot", "beer mug"),
     *(
-        "plant-flower",
-        "plant-other",
-        "food-fruit",
-        "food-vegetable",
-        "food-prepared",
-        "food-sweet",
-        "food-asian",
-        "drink",
+        "wine glass",
+        "tiger face",
+        "cat face",
+        "dog face",
+        "cow face",
+        "pig face",
+        "mouse",
+        "rabbit face",
+        "fox",
+        "bear",
     ),
-    *("heart", "cat-face", "face-smiling", "face-affection", "face-costume", "sky-weather", "geometric"),
-    *("transport-ground", "transport-air", "transport-water"),
-)
-
-DRAWN_TOO = (
-    *("soccer ball", "basketball", "trophy", "Christmas tree", "jack-o-lantern", "balloon", "wrapped gift", "guitar"),
-    *("violin", "drum", "key", "candle", "light bulb", "open book", "camera", "crown", "bell", "house", "castle"),
-    *("volcano", "snow-capped mountain", "desert island", "top hat", "glasses", "alarm clock", "hourglass done"),
+    *("panda", "koala", "lion", "frog", "monkey face", "chicken", "baby chick", "bird", "duck", "owl", "unicorn"),
+    *("honeybee", "butterfly", "snail", "bug", "spider", "turtle", "octopus", "crab", "fish", "tropical fish", "whale"),
+    *("dolphin", "elephant", "horse", "sunflower", "rose", "tulip", "cherry blossom", "cactus", "palm tree"),
+    *("evergreen tree", "Christmas tree", "four leaf clover", "rocket", "airplane", "automobile", "bus", "taxi"),
+    *(
+        "police car",
+        "fire engine",
+        "ambulance",
+        "tractor",
+        "locomotive",
+        "bicycle",
+        "sailboat",
+        "ship",
+        "flying saucer",
+    ),
+    *("helicopter", "anchor", "soccer ball", "basketball", "trophy", "guitar", "drum", "key", "candle", "light bulb"),
+    *("open book", "camera", "crown", "bell", "house", "volcano", "balloon", "wrapped gift", "jack-o-lantern", "robot"),
+    *(
+        "alien",
+        "ghost",
+        "grinning face",
+        "smiling face with heart-eyes",
+        "smiling face with sunglasses",
+        "winking face",
+    ),
+    *("red circle", "blue circle", "green circle", "yellow circle", "red square", "blue square", "green square"),
 )
 
 
@@ -495,8 +519,7 @@ class LMConfig:
 
     budget: Budget = field(default_factory=lambda: Budget(minutes=66))
     styles: tuple[str, ...] = ("twemoji",)  # what it draws: flat colours are learnt soonest
-    subgroups: tuple[str, ...] | None = DRAWN  # None: all the tokenizer was trained on
-    names: tuple[str, ...] = DRAWN_TOO  # pictures of other subgroups
+    names: tuple[str, ...] | None = DRAWN  # None: all the tokenizer was trained on
     batch: int = 6
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
@@ -570,7 +593,8 @@ def picture_codes(model: JanusVQVAE, pixels: Tensor) -> Tensor:
     """The codes [N,256] the language model learns: those of the encoder, but every flat colour always the same code.
 
     The encoder writes plain white in dozens of codes, depending on what is near. That says nothing about the picture and
-    is hard to predict, so a patch of one colour gets the code that patches of its colour have most often.
+    is hard to predict, so a patch of one colour gets the code that patches of its colour have most often. White in the
+    first column gets one of 16 further codes of white, which tells the row: image tokens carry no positions in Janus.
     """
     codes = encode_pictures(model, pixels)
     side = IMAGE_SIZE // GRID
@@ -579,7 +603,10 @@ def picture_codes(model: JanusVQVAE, pixels: Tensor) -> Tensor:
     red, green, blue = (patches.mean(2) / 16).long().clamp(max=15).unbind(1)
     colour = (red * 16 + green) * 16 + blue
     counts = torch.bincount((colour * CODEBOOK + codes)[flat], minlength=16**3 * CODEBOOK).view(16**3, CODEBOOK)
-    return torch.where(flat, counts.argmax(1)[colour], codes)
+    codes = torch.where(flat, counts.argmax(1)[colour], codes)
+    white = (flat & (colour == 16**3 - 1))[:, ::GRID]  # [N,16], the first column
+    codes[:, ::GRID] = torch.where(white, counts[-1].topk(GRID + 1).indices[1:], codes[:, ::GRID])
+    return codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -628,12 +655,11 @@ def known_captions(data: DataConfig, pictures: Pictures) -> list[str]:
 
 
 def lm_rows(pictures: Pictures, config: LMConfig) -> tuple[Tensor, Tensor]:
-    """Row numbers of the pictures to train on and of those held out, among those the language model is to draw."""
+    """Row numbers of the pictures the language model is to draw, and of those held out, in the styles it draws."""
     drawn = torch.tensor(
         [
-            style in config.styles
-            and (config.subgroups is None or subgroup in config.subgroups or caption in config.names)
-            for caption, style, subgroup in zip(pictures.captions, pictures.styles, pictures.subgroups, strict=True)
+            style in config.styles and (config.names is None or test or caption in config.names)
+            for caption, style, test in zip(pictures.captions, pictures.styles, pictures.test.tolist(), strict=True)
         ]
     )
     return (drawn & ~pictures.test).nonzero().flatten(), (drawn & pictures.test).nonzero().flatten()
@@ -702,7 +728,7 @@ def train_lm(data: DataConfig, config: LMConfig, output: Path) -> JanusForCondit
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Further training of the tokenizer's decoder alone, on the styles the language model draws."""
+    """Further training of the tokenizer's decoder alone, on what the language model draws."""
 
     budget: Budget = field(default_factory=lambda: Budget(minutes=8))
     batch: int = 12
@@ -713,24 +739,22 @@ class DecoderConfig:
     seed: int = 0
 
 
-def train_decoder(data: DataConfig, config: DecoderConfig, styles: Iterable[str], output: Path) -> JanusVQVAE:
+def train_decoder(data: DataConfig, config: DecoderConfig, lm: LMConfig, output: Path) -> JanusVQVAE:
     """Train the decoder of `output/vq.pt`, or continue from `output/decoder.pt`: no code changes, only how it looks.
 
     What the language model has learnt stays valid, so this may run before, beside or after `train_lm`.
     """
     pictures = read_pictures(data)
-    drawn = torch.tensor([style in set(styles) for style in pictures.styles])
     model = new_vq_model()
     model.load_state_dict(torch.load(output / "vq.pt", weights_only=True)["model"])
-    train, test = pictures.pixels[drawn & ~pictures.test], pictures.pixels[drawn & pictures.test]
-    train = torch.cat([train, train.flip(-1)])
-    codes, test_codes = picture_codes(model, torch.cat([train, test])).tensor_split([len(train)])
+    codes = picture_codes(model, pictures.pixels)
+    train_rows, test = lm_rows(pictures, lm)
     decoding = nn.ModuleDict({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder})
     optimizer = torch.optim.AdamW(decoding.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
 
     def train_step(step: int, spent: float) -> dict[str, float]:
-        rows = batch_indices(step, len(train), config.batch, config.seed)
-        x = to_model_range(train[rows])
+        rows = train_rows[batch_indices(step, len(train_rows), config.batch, config.seed)]
+        x = to_model_range(pictures.pixels[rows])
         with torch.autocast(x.device.type, torch.bfloat16):
             y = model.decode(codes[rows])
         y = y.float()
@@ -745,7 +769,7 @@ def train_decoder(data: DataConfig, config: DecoderConfig, styles: Iterable[str]
 
     @torch.no_grad()
     def test_numbers() -> dict[str, float]:
-        return {"test psnr": psnr(to_model_range(test), model.decode(test_codes))}
+        return {"test psnr": psnr(to_model_range(pictures.pixels[test]), model.decode(codes[test]))}
 
     state = {"model": decoding, "optimizer": optimizer}
     checkpoints = Checkpoints(output / "decoder.pt", config.checkpoint_minutes, {"batch": config.batch})
@@ -905,5 +929,5 @@ def train(config: Mapping[str, Any]) -> dict[str, float]:
     output = Path(parts["output"])
     train_vq(parts["data"], parts["vq"], output)
     train_lm(parts["data"], parts["lm"], output)
-    train_decoder(parts["data"], parts["decoder"], parts["lm"].styles, output)
+    train_decoder(parts["data"], parts["decoder"], parts["lm"], output)
     return export_sample(parts["data"], parts["lm"], output, Path(parts["export"]))
