@@ -22,7 +22,9 @@ from polyspec.recipe import Method, build, find_recipe
 from polyspec.target import Guidance, Target, make_target
 
 
-def make_draws(method: Method, do_sample: bool, seed: int | Sequence[int] | None, rows: int, device: torch.device) -> Draws:
+def make_draws(
+    method: Method, do_sample: bool, seed: int | Sequence[int] | None, rows: int, device: torch.device
+) -> Draws:
     """How the recipe draws tokens: greedily, with fresh randomness, or with shared Gumbel noise."""
     if not do_sample:
         return Greedy()
@@ -182,9 +184,7 @@ def split_guidance(processors: LogitsProcessorList) -> tuple[Guidance | None, li
     return guidance, rest
 
 
-def split_stopping(
-    criteria: StoppingCriteriaList, generation_config: Any
-) -> tuple[Tensor | None, int, list[Any]]:
+def split_stopping(criteria: StoppingCriteriaList, generation_config: Any) -> tuple[Tensor | None, int, list[Any]]:
     """(end-of-sequence ids, maximal length, criteria to be asked about every committed prefix)."""
     eos, max_length, rest = None, generation_config.max_length, []
     for criterion in criteria:

@@ -141,7 +141,8 @@ class RaggedCache(Cache):
         Raises UnsupportedModelError for layers that no longer hold every token (sliding windows, quantised, recurrent).
         """
         width = slots.shape[1]
-        for index, theirs in enumerate(other.layers):
+        for index, entry in enumerate(other.layers):
+            theirs: Any = entry
             keys = getattr(theirs, "keys", None)
             if getattr(theirs, "is_sliding", False) or not isinstance(keys, Tensor) or keys.ndim != 4:
                 raise UnsupportedModelError(

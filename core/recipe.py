@@ -95,7 +95,11 @@ def _recipes() -> dict[str, Recipe]:
         config = _load(file)
         missing = [k for k in ("name", "guarantee", "summary", "loop") if k not in config]
         if missing or config.guarantee not in GUARANTEES:
-            raise ConfigError(f"recipe file {file.name} lacks {missing or 'a guarantee out of ' + ', '.join(GUARANTEES)}")
+            raise ConfigError(
+                f"recipe file {file.name} lacks {missing or 'a guarantee out of ' + ', '.join(GUARANTEES)}"
+            )
+        if config.name in found:
+            raise ConfigError(f"{file} brings a recipe {config.name!r}, but there is one of that name; rename it")
         found[config.name] = Recipe(
             config.name,
             str(config.get("paper", "")),

@@ -213,7 +213,7 @@ class Target:
             kind: self.finish_mask(visible if reach is None else visible & reach(distance, kept, depth, key_depth))
             for kind, reach in self.windows.items()
         }
-        return positions, masks if "" not in masks else masks[""]
+        return positions, masks.get("", masks)
 
     def finish_mask(self, visible: Tensor) -> Tensor:
         visible = visible[:, None]
@@ -251,7 +251,9 @@ class Target:
         own = self.prompts[self.rows :].gather(1, index.clamp(max=self.prompts.shape[1] - 1))
         return torch.where(index < prompt, own, tokens)
 
-    def continue_from(self, past: Cache, held: int, tokens: Tensor, kept: list[int], mask: Tensor | None) -> Output | None:
+    def continue_from(
+        self, past: Cache, held: int, tokens: Tensor, kept: list[int], mask: Tensor | None
+    ) -> Output | None:
         """Take over a filled cache, then run what it lacks of the packed prompt."""
         assert self.cache is not None
         if self.guidance is not None:

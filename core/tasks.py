@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -74,9 +74,7 @@ def make_pipeline(config: DictConfig, recipe: str | None, target: Any = None) ->
     if name not in {e.name for e in entry_points(group="polyspec.modalities")}:
         raise unknown("modality", name, {e.name for e in entry_points(group="polyspec.modalities")})
     target = config.target if target is None else target
-    return pipeline(
-        name, target=target, recipe=recipe, overrides=overrides, device=config.device, dtype=config.dtype
-    )
+    return pipeline(name, target=target, recipe=recipe, overrides=overrides, device=config.device, dtype=config.dtype)
 
 
 def as_list(prompt: Any) -> list[str]:
@@ -89,7 +87,12 @@ def as_list(prompt: Any) -> list[str]:
 
 def with_progress(console: Console, label: str, pipe: Any, prompts: list[str], arguments: dict[str, Any]) -> Result:
     """Run a pipeline under a progress bar over token positions."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} tokens"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} tokens"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         job = bar.add_task(label, total=None)
         return pipe(prompts, progress=lambda n: bar.advance(job, n), **arguments)
@@ -105,7 +108,13 @@ def summary(result: Result, plain: Result | None = None) -> Table:
         s = r.stats
         gain = f"{plain.stats.wall_seconds / s.wall_seconds:.2f}×" if plain else "-"
         table.add_row(
-            name, s.guarantee, str(s.new_tokens), str(s.target_calls), f"{s.tokens_per_call:.2f}", f"{s.wall_seconds:.2f}", gain
+            name,
+            s.guarantee,
+            str(s.new_tokens),
+            str(s.target_calls),
+            f"{s.tokens_per_call:.2f}",
+            f"{s.wall_seconds:.2f}",
+            gain,
         )
     return table
 

@@ -58,8 +58,6 @@ def overrides(recipe: Recipe, model: PreTrainedModel, noise: float = 0.1, **knob
     if missing:
         pytest.fail(f"recipe {recipe.name} needs {missing}: add how to make it to tests/recipe_needs.py")
     chosen = {**KNOBS, **knobs}
-    if "window" in recipe.knobs:
-        chosen.pop("length")  # the window is the length
     return {
         **{need: NEEDS[need](recipe, model, noise) for need in recipe.needs},
         **{knob: value for knob, value in chosen.items() if knob in recipe.knobs},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from polyspec import InputError, UnsupportedModelError
-from polyspec.cache import RaggedCache
 from tiny_models import target
 from torch import Tensor
 from transformers import DynamicCache
+
+from polyspec import InputError, UnsupportedModelError
+from polyspec.cache import RaggedCache
 
 HEADS, DIM = 2, 3
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from polyspec.attention import grouped
-from polyspec.target import Guidance, Target, guide_log_probs, guide_logits, make_target, pack_rows
-from polyspec.trees import Tree
 from tiny_models import FAMILIES, VOCAB, build, target
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from polyspec.attention import grouped
+from polyspec.target import Guidance, Target, guide_log_probs, guide_logits, make_target, pack_rows
+from polyspec.trees import Tree
 
 DECODER_ONLY = [f for f in FAMILIES if f not in ("t5", "whisper")]
 PARENTS = [-1, -1, 0, 0, 1, 2, 4]  # a tree of seven nodes under the committed token
@@ -50,7 +51,8 @@ def test_drafted_tokens_are_scored_as_in_one_plain_forward(family: str) -> None:
         for b, row in enumerate(rows):
             assert_close(logits[b], plain(model, torch.cat([row, drafts[b]]))[-5:])
         # each row accepts some drafts and gets one more token
-        rows = [torch.cat([r, drafts[b, :n], text(1, 1, seed=9)[0]]) for b, (r, n) in enumerate(zip(rows, accepted, strict=True))]
+        following = text(1, 1, seed=9)[0]
+        rows = [torch.cat([r, drafts[b, :n], following]) for b, (r, n) in enumerate(zip(rows, accepted, strict=True))]
         wrapped.rollback([len(r) - 1 for r in rows])
     assert wrapped.cache_lengths == [len(r) - 1 for r in rows]
 

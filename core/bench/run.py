@@ -159,7 +159,17 @@ def results(
 def table(report: Mapping[str, Any]) -> Table:
     """The printed form of a report."""
     shown = Table(title=f"{report['modality']}, {report['device']}, {report['dtype']}", title_justify="left")
-    columns = ("", "guarantee", "speed-up", "over plain loop", "tokens/call", "scored/call", "ceiling", "efficiency", "tokens/s")
+    columns = (
+        "",
+        "guarantee",
+        "speed-up",
+        "over plain loop",
+        "tokens/call",
+        "scored/call",
+        "ceiling",
+        "efficiency",
+        "tokens/s",
+    )
     for column in columns:
         shown.add_column(column, justify="left" if column in ("", "guarantee") else "right")
     for r in report["results"]:
@@ -185,7 +195,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
     rows = report["results"]
     figure, axis = plt.subplots(figsize=(2 + 1.6 * len(rows), 4.2), layout="constrained")
-    series = (("speed_up", "speed-up over transformers"), ("ceiling", "ceiling"), ("tokens_per_call", "tokens per call"))
+    series = (
+        ("speed_up", "speed-up over transformers"),
+        ("ceiling", "ceiling"),
+        ("tokens_per_call", "tokens per call"),
+    )
     for offset, (key, label) in enumerate(series):
         values = [r[key] for r in rows]
         bars = axis.bar([i + 0.27 * (offset - 1) for i in range(len(rows))], values, 0.25, label=label)

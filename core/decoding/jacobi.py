@@ -22,7 +22,10 @@ from polyspec.verification import Verdict
 
 
 class Initialisation(Protocol):
-    """Tokens for window positions that have not been scored yet."""
+    """Tokens for window positions that have not been scored yet. Derive from it: `check` has a default."""
+
+    def check(self, target: Target) -> None:
+        """ConfigError if windows cannot be started so on `target`."""
 
     def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
         """Tokens `[B, W]` for positions `context.sequences.lengths + offset` (`offset [B, W]`, from 0), all of them
@@ -30,14 +33,14 @@ class Initialisation(Protocol):
         ...
 
 
-class RepeatLeft:
+class RepeatLeft(Initialisation):
     """The token to the left: on flat image regions, and where nothing better is known."""
 
     def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
         return guess
 
 
-class RandomTokens:
+class RandomTokens(Initialisation):
     """Uniformly random tokens, as in the paper's first variant; the same in every run that got as far the same way."""
 
     def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
@@ -45,7 +48,7 @@ class RandomTokens:
         return torch.randint(0, context.target.vocab_size, guess.shape, generator=generator).to(guess.device)
 
 
-class RepeatAbove:
+class RepeatAbove(Initialisation):
     """The token one image row above, which is committed; the left neighbour in the first row."""
 
     def check(self, target: Target) -> None:
@@ -80,8 +83,7 @@ class Jacobi:
 
     def check(self, target: Target) -> None:
         """ConfigError if windows cannot be started on `target` as asked."""
-        if hasattr(self.init, "check"):
-            self.init.check(target)
+        self.init.check(target)
 
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""

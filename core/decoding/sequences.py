@@ -90,7 +90,9 @@ class Sequences:
         ends = [n + len(p) for n, p in zip(self.lengths, paths, strict=True)]
         for end in sorted(set(ends)):
             rows = [b for b, e in enumerate(ends) if e == end]
-            tokens = torch.nn.functional.pad(self.tokens[:, :end], (0, max(0, end - self.tokens.shape[1])), value=self.pad)
+            tokens = torch.nn.functional.pad(
+                self.tokens[:, :end], (0, max(0, end - self.tokens.shape[1])), value=self.pad
+            )
             for b in rows:
                 tokens[b, self.lengths[b] : end] = paths[b]
             yield torch.tensor(rows, device=self.device), tokens

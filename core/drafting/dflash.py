@@ -139,7 +139,7 @@ class DFlashModel(HeadModel):
             if {k: v.shape for k, v in layer.state_dict().items()} != {k: v.shape for k, v in found.items()}:
                 return
             layer.load_state_dict(found)
-        if stack and self.config.hidden_size == self.config.target_hidden_size:
+        if name and self.config.hidden_size == self.config.target_hidden_size:
             first: Any = self.layers[0]
             self.fuse_norm.weight.copy_(first.attention_norm.weight)
             self.fuse.weight.zero_()

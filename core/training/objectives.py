@@ -35,20 +35,20 @@ class DFlashObjective:
 
     Each of `anchors` random positions a row plays the last committed token: its block sees the context before it and
     itself, all blocks in one forward under one mask. Position i of a block weighs exp(-(i-1)/decay), as an early error
-    wastes what follows; decay defaults to half a block.
+    wastes what follows; decay defaults to half a block. soft, regression: see `predictions_loss`.
     """
 
-    last_hidden = False
+    last_hidden = True
 
-    def __init__(self, anchors: int = 8, decay: float | None = None):
-        self.anchors, self.decay = anchors, decay
+    def __init__(self, anchors: int = 8, decay: float | None = None, soft: bool = True, regression: float = 0.0):
+        self.anchors, self.decay, self.soft, self.regression = anchors, decay, soft, regression
 
     def __call__(self, model: DFlashModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
         tokens, block = batch["tokens"], model.config.block
         rows, context = tokens.shape[0], tokens.shape[1] - 1
         anchors = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, self.anchors)  # [B, A]
         positions = (anchors[..., None] + torch.arange(block, device=tokens.device)).flatten(1)  # [B, A·N]
-        kept = model.context(batch["hidden"], torch.arange(context, device=tokens.device)[None])
+        kept = model.context(batch["hidden"][:-1], torch.arange(context, device=tokens.device)[None])
 
         def attended(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
             return torch.cat([kept[layer][0], k], dim=2), torch.cat([kept[layer][1], v], dim=2)
@@ -59,28 +59,30 @@ class DFlashObjective:
         mask = torch.cat([before, (own[:, None] == own).expand(rows, -1, -1)], dim=2)[:, None]
         x = model.queries(layers.embed(tokens.gather(1, anchors))).flatten(1, 2)
         out = model(x, positions, mask, attended).unflatten(1, (self.anchors, block))[:, :, 1:]
-
-        labels = labels_at(batch, positions.unflatten(1, (self.anchors, block))[:, :, 1:], layers)
         weight = torch.exp(-torch.arange(block - 1, device=tokens.device) / (self.decay or block / 2))
-        return weighted_cross_entropy(layers.logits(out), labels, weight)
+        predicted = positions.unflatten(1, (self.anchors, block))[:, :, 1:]
+        return predictions_loss(out, predicted, weight, batch, layers, self.soft, self.regression)
 
 
 class MedusaObjective:
-    """Cross-entropy of every head, head k weighing decay^k (2401.10774, eq. 2), at random positions of each row."""
+    """Cross-entropy of every head, head k weighing decay^k (2401.10774, eq. 2), at random positions of each row.
 
-    last_hidden = False
+    soft, regression: see `predictions_loss`.
+    """
 
-    def __init__(self, positions: int = 32, decay: float = 0.8):
-        self.positions, self.decay = positions, decay
+    last_hidden = True
+
+    def __init__(self, positions: int = 32, decay: float = 0.8, soft: bool = True, regression: float = 0.0):
+        self.positions, self.decay, self.soft, self.regression = positions, decay, soft, regression
 
     def __call__(self, model: MedusaModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
-        (hidden,) = batch["hidden"]
+        hidden = batch["hidden"][0]
         # h_t with t+1 the last committed token; head k predicts t+1+k
         t = random_positions(batch["prompts"] - 2, batch["lengths"] - 2, self.positions).clamp(min=0)
-        out = model(hidden.gather(1, t[..., None].expand(-1, -1, hidden.shape[-1])))
+        out = model(rows_at(hidden, t))
         k = torch.arange(1, model.config.heads + 1, device=t.device)
-        labels = labels_at(batch, t[..., None] + 1 + k, layers)
-        return weighted_cross_entropy(layers.logits(out), labels, self.decay ** k.float())
+        predicted = t[..., None] + 1 + k
+        return predictions_loss(out, predicted, self.decay ** k.float(), batch, layers, self.soft, self.regression)
 
 
 class EagleObjective:
@@ -168,11 +170,30 @@ def labels_at(batch: Batch, positions: Tensor, layers: TokenLayers) -> Tensor:
     return labels.masked_fill(flat >= batch["lengths"][:, None], -100).view(shape)
 
 
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """logits `[B, A, N, V]`, labels `[B, A, N]` (-100: left out), weight `[N]`: mean loss, and accuracy by position."""
-    losses = functional.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none")
-    counted = labels != -100
+def predictions_loss(
+    out: Tensor, positions: Tensor, weight: Tensor, batch: Batch, layers: TokenLayers, soft: bool, regression: float
+) -> dict[str, Tensor]:
+    """Loss of N independent predictions `out [B, A, N, d]` of the tokens at `positions [B, A, N]`, weight `[N]`.
+
+    soft: cross-entropy against the target's whole distribution at each position rather than the token it drew there:
+    the same expectation, less noise. regression: weight of SmoothL1 to the hidden state which that distribution was read
+    from, as EAGLE's. Accuracies, by place, are against the target's most likely token.
+    """
+    inside = positions < batch["lengths"][:, None, None]
+    flat = positions.flatten(1)
+    # hidden states are known for all but a row's last token, and position i is predicted from that of i-1
+    goal = rows_at(batch["hidden"][-1], (flat - 1).clamp(max=batch["hidden"][-1].shape[1] - 1)).view(out.shape)
+    logits, theirs = layers.logits(out).float(), layers.logits(goal).float()
+    if soft:
+        losses = functional.cross_entropy(logits.flatten(0, 2), theirs.softmax(-1).flatten(0, 2), reduction="none")
+        losses, counted = losses.view(positions.shape), inside
+    else:
+        labels = labels_at(batch, positions, layers)
+        losses = functional.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+        counted = labels != -100
+    if regression:
+        losses = losses + regression * functional.smooth_l1_loss(out.float(), goal.float(), reduction="none").mean(-1)
     weights = weight * counted
-    right = ((logits.argmax(-1) == labels) & counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)
+    right = ((logits.argmax(-1) == theirs.argmax(-1)) & inside).sum((0, 1)) / inside.sum((0, 1)).clamp(min=1)
     accuracy = {f"accuracy_{i + 1}": r for i, r in enumerate(right)}
-    return {"loss": (losses.view(labels.shape) * weights).sum() / weights.sum().clamp(min=1e-9), **accuracy}
+    return {"loss": (losses * weights).sum() / weights.sum().clamp(min=1e-9), **accuracy}

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, JanusForConditionalGeneration, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
 
 from polyspec import pipelines
 from polyspec.api import decode, make_draws
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Processing
-from polyspec.errors import ConfigError, InputError
+from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.modalities.image.sample import sample_path
-from polyspec.modalities.image.target import make_image_target
+from polyspec.modalities.image.target import ADAPTERS, make_image_target
 from polyspec.outputs import Result
 
 DEFAULT_RECIPE = "scd_gs"
@@ -105,13 +105,8 @@ class Pipeline:
         return chosen
 
 
-def load_model(source: Any, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(source: Any, dtype: torch.dtype) -> Any:
     """An image model from a folder or the hub; CheckpointError if it is none."""
-    from transformers import AutoConfig
-
-    from polyspec.errors import CheckpointError
-    from polyspec.modalities.image.target import ADAPTERS
-
     kind = pipelines.load(AutoConfig.from_pretrained, source).model_type
     if kind not in ADAPTERS:
         raise CheckpointError(

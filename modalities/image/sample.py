@@ -5,6 +5,7 @@
 
 import importlib.resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoProcessor, JanusForConditionalGeneration, JanusProcessor
@@ -31,7 +32,7 @@ def load_sample(
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(f"no image sample in {folder}: reinstall polyspec, or name a Janus checkpoint's folder")
     try:
-        model = JanusForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model: Any = JanusForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the Janus checkpoint in {folder} cannot be read: {error}") from error

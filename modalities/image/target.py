@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import JanusForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from polyspec.errors import CheckpointError, unknown
 from polyspec.target import Guidance, Target, guide_logits
@@ -20,9 +20,9 @@ class JanusTarget(Target):
     the same prompt with all text replaced by the pad token, as in the model's own `generate`.
     """
 
-    model: JanusForConditionalGeneration
+    model: Any  # JanusForConditionalGeneration
 
-    def __init__(self, model: JanusForConditionalGeneration, guidance_scale: float = 1.0):
+    def __init__(self, model: PreTrainedModel, guidance_scale: float = 1.0):
         super().__init__(model)
         self.guidance_scale = guidance_scale
         self.image_tokens = model.model.vision_model.config.num_image_tokens

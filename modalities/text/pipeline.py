@@ -36,20 +36,24 @@ class Pipeline:
         self.method = pipelines.choose("text", recipe, DEFAULT_RECIPE, overrides)
         device = device or pipelines.default_device()
         if isinstance(target, tuple):
-            self.model, self.tokenizer = target
+            model, tokenizer = target
         elif target is None:
-            self.model, self.tokenizer = load_sample(dtype=pipelines.as_dtype(dtype, device), device=device)
+            model, tokenizer = load_sample(dtype=pipelines.as_dtype(dtype, device), device=device)
         else:
-            self.tokenizer = pipelines.load(AutoTokenizer.from_pretrained, target, padding_side="left")
+            tokenizer = pipelines.load(AutoTokenizer.from_pretrained, target, padding_side="left")
             load = AutoModelForCausalLM.from_pretrained
-            self.model = pipelines.load(load, target, dtype=pipelines.as_dtype(dtype, device)).to(device).eval()
+            model = pipelines.load(load, target, dtype=pipelines.as_dtype(dtype, device)).to(device).eval()
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
 
     def encode(self, prompts: Sequence[str]) -> Any:
         """Prompts as left-padded `input_ids` and `attention_mask` on the model's device."""
         tokenizer = self.tokenizer
         if tokenizer.chat_template:
             prompts = [
-                tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
+                )
                 for p in prompts
             ]
         if tokenizer.pad_token is None:

@@ -1,0 +1,155 @@
+"""Length policies, with costs that are given instead of measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import target
+
+import polyspec
+from polyspec import lengths
+from polyspec.lengths import Adaptive, Auto, Confidence, Fixed, Thompson
+from polyspec.metrics import DecodingStats
+
+
+def rounds(
+    policy: Any,
+    kept: Any,
+    count: int = 60,
+    *,
+    call: float = 0.03,
+    draft: float = 0.1,
+    fixed_rounds: bool = False,
+    monkeypatch: pytest.MonkeyPatch | None = None,
+) -> list[int]:
+    """Lengths chosen over `count` rounds, where `kept(proposed)` drafts are kept, a target call on n tokens costs
+    `1 + call * (n - 1)` seconds and drafting a token `draft` seconds."""
+    stats = DecodingStats()
+    context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=fixed_rounds))
+    if monkeypatch is not None:
+        costs = {n: 1 + call * (n - 1) for n in lengths.SIZES}
+        monkeypatch.setattr(lengths, "call_costs", lambda context, most: costs)
+    policy.begin(context)
+    chosen = []
+    for _ in range(count):
+        proposed = policy.next()
+        chosen.append(proposed)
+        stats.draft_seconds += draft * proposed
+        stats.target_seconds += 1 + call * proposed
+        gained = [kept(proposed) + 1]
+        stats.record(proposed, gained)
+        policy.observe(proposed, gained, stats)
+    return chosen
+
+
+def nothing(proposed: int) -> int:
+    return 0
+
+
+def everything(proposed: int) -> int:
+    return proposed
+
+
+def test_fixed_is_fixed() -> None:
+    assert rounds(Fixed(5), nothing, 4) == [5] * 4
+
+
+@pytest.mark.parametrize("fixed_rounds", [False, True], ids=["measured", "nominal"])
+def test_auto_gives_up_a_drafter_that_is_never_right(fixed_rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = rounds(Auto(16), nothing, 400, fixed_rounds=fixed_rounds, monkeypatch=monkeypatch)
+    assert np.mean([n == 0 for n in chosen[100:]]) > 0.9
+    assert max(chosen[100:]) == 1, "what it tries now and then is short"
+    assert any(chosen[200:]), "it keeps looking"
+
+
+@pytest.mark.parametrize("fixed_rounds", [False, True], ids=["measured", "nominal"])
+def test_auto_drafts_as_far_as_it_may_with_a_drafter_that_is_always_right(
+    fixed_rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = rounds(Auto(16), everything, fixed_rounds=fixed_rounds, monkeypatch=monkeypatch)
+    assert set(chosen[20:]) == {16}
+
+
+def test_auto_finds_the_length_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens are always right, the fourth never: 4 tokens for 1 + 3·(0.1 + 0.2) is the best there is."""
+    chosen = rounds(Auto(16), lambda n: min(n, 3), 300, call=0.1, draft=0.2, monkeypatch=monkeypatch)
+    assert np.mean([n == 3 for n in chosen[150:]]) > 0.9
+
+
+def test_auto_gives_up_a_good_drafter_that_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = rounds(Auto(16), everything, 400, draft=1.5, monkeypatch=monkeypatch)
+    assert np.mean([n == 0 for n in chosen[100:]]) > 0.9
+
+
+def test_auto_notices_that_a_workload_turns_predictable(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def turning(proposed: int) -> int:
+        seen.append(proposed)
+        return proposed if len(seen) > 200 else 0
+
+    chosen = rounds(Auto(16), turning, 900, monkeypatch=monkeypatch)
+    assert np.mean(chosen[100:200]) < 1
+    assert np.mean(chosen[-50:]) > 10
+
+
+def test_auto_starts_from_what_earlier_runs_taught_even_through_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    from copy import copy
+
+    policy = Auto(16)
+    rounds(copy(policy), nothing, 300, monkeypatch=monkeypatch)
+    assert max(rounds(copy(policy), nothing, 30, monkeypatch=monkeypatch)) <= 1
+
+
+def test_auto_carries_nothing_over_where_a_seed_has_to_give_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Auto(16)
+    first = rounds(policy, nothing, 40, fixed_rounds=True, monkeypatch=monkeypatch)
+    rounds(policy, everything, 40, monkeypatch=monkeypatch)
+    assert rounds(policy, nothing, 40, fixed_rounds=True, draft=5.0, monkeypatch=monkeypatch) == first
+
+
+def test_adaptive_grows_when_any_row_accepts_all_and_shrinks_otherwise() -> None:
+    policy, stats = Adaptive(4, minimum=2, maximum=9), DecodingStats()
+    policy.begin(SimpleNamespace())  # type: ignore[arg-type]
+
+    def after(gained: Sequence[int]) -> int:
+        policy.observe(policy.next(), gained, stats)
+        return policy.next()
+
+    assert after([5, 1]) == 6
+    assert after([7, 0]) == 8
+    assert after([9, 2]) == 9, "never above the maximum"
+    assert after([1, 1]) < 9
+    assert [after([1, 1]) for _ in range(8)][-1] == 2, "never below the minimum"
+    assert after([0, 3]) == 4
+
+
+def test_confidence_stops_drafting_when_no_row_is_confident() -> None:
+    policy = Confidence(0.5, 8)
+    sure = torch.tensor([[[0.0, 5.0, 0.0]], [[0.0, 0.0, 0.0]]])
+    assert policy.keep_drafting(sure)
+    assert not policy.keep_drafting(sure[1:])
+
+
+def test_thompson_drafts_longer_after_success_than_after_failure() -> None:
+    assert np.mean(rounds(Thompson(16), everything, 80)[40:]) > 8
+    assert np.mean(rounds(Thompson(16), nothing, 80)[40:]) < 2
+
+
+def test_costs_of_target_calls_are_measured_once_a_model_and_leave_the_run_as_it_was() -> None:
+    model = target("llama")
+    lengths._COSTS.pop(model, None)
+    ids = torch.tensor([[5, 6, 7]])
+    fast = polyspec.custom_generate("prompt_lookup", length="auto")
+    expected = model.generate(ids, do_sample=False, max_new_tokens=24)
+    assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=24, custom_generate=fast), expected)
+    (known,) = lengths._COSTS[model].values()
+    measured = dict(known)
+    model.generate(ids, do_sample=False, max_new_tokens=24, custom_generate=fast)
+    assert lengths._COSTS[model] == {next(iter(lengths._COSTS[model])): measured}
+    assert measured[1] == 1 and all(cost > 0 for cost in measured.values())
