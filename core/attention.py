@@ -38,6 +38,7 @@ def grouped_attention(
     streams, heads, new, dim = query.shape
     groups = heads // key.shape[1]
     special = any(kwargs.get(k) is not None for k in ("softcap", "position_bias", "s_aux", "cache"))
+    special |= attention_mask is not None and attention_mask.shape[1] > 1  # heads that see different things
     unmasked = attention_mask is None and new > 1  # leaves causality to the kernel, which knows no groups
     if groups == 1 or special or dropout or groups * new > MOST_ROWS or unmasked:
         return sdpa_attention_forward(

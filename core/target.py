@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ class Target:
             raise UnsupportedModelError(
                 "flash attention takes no mask over drafted tokens; load the model with attn_implementation='sdpa'"
             )
+        # older models ask for the attention's name and take a branch of their own for each they know
+        self.takes_attention = bool(getattr(model, "_supports_attention_backend", False))
         self.windows = attention_windows(self.config)
         self.extra: dict[str, Any] = {}
 
@@ -177,7 +180,7 @@ class Target:
     def run(self, tokens: Tensor, tree: Tree | None, keep_logits: bool) -> Output:
         assert self.cache is not None
         offsets, mask = self.layout(tokens.shape[1], tree, tokens.device)
-        with grouped(self.config):
+        with grouped(self.config) if self.takes_attention else nullcontext():
             logits, hidden = self.call(tokens, offsets, mask, keep_logits)
         if logits is not None and self.guidance is not None:
             logits = self.guidance.combine(logits[: self.rows], logits[self.rows :], self.guidance.scale)
@@ -216,7 +219,8 @@ class Target:
         return positions, masks.get("", masks)
 
     def finish_mask(self, visible: Tensor) -> Tensor:
-        visible = visible[:, None]
+        assert self.cache is not None
+        visible = visible[:, None].expand(len(self.cache.lengths), -1, -1, -1)  # not every model broadcasts it
         if not self.float_mask:
             return visible
         dtype = self.model.dtype
@@ -316,6 +320,15 @@ def check_rollback(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} keeps a recurrent state{f' ({sorted(recurrent)} layers)' if recurrent else ''} that cannot be "
             "rolled back after a rejected draft; use recipe 'autoregressive' of transformers' own generate"
+        )
+    if getattr(config, "alibi", False) or any(hasattr(m, "build_alibi_tensor") for m in model.children()):
+        raise UnsupportedModelError(
+            f"{name} computes its position bias from a mask over whole rows and takes none over drafted tokens; choose a "
+            "model with rotary or learnt positions"
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UnsupportedModelError(
+            f"{name} counts its local attention from the end of the cache, which drafted tokens move; choose another model"
         )
     if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
         raise UnsupportedModelError(f"{name} does not take a transformers Cache, so drafts cannot be rolled back")

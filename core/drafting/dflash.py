@@ -9,10 +9,10 @@ is q_i, the drafter's distribution of the i-th next token, i = 1 … N-1. The q_
 and block size cost almost nothing. Context enters as keys and values only: for every committed token t the target's
 hidden states of several layers, h_t^{l_1} … h_t^{l_k}, become
 
-    c_t = RMSNorm(W_fuse [h_t^{l_1}; …; h_t^{l_k}]),    K_t^j = RoPE(W_K^j c_t),    V_t^j = W_V^j c_t
+    c_t = RMSNorm(W_fuse [ĥ_t^{l_1}; …; ĥ_t^{l_k}]),    K_t^j = RoPE(W_K^j c_t),    V_t^j = W_V^j c_t
 
-once, for each draft layer j with that layer's own matrices, and stay in the drafter's own cache. Embedding and output
-layer are the target's, shared and frozen. Exact under any exact rule.
+(ĥ: h over its root mean square) once, for each draft layer j with that layer's own matrices, and stay in the drafter's
+own cache. Embedding and output layer are the target's, shared and frozen. Exact under any exact rule.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ class DFlashModel(HeadModel):
 
     def context(self, hidden: tuple[Tensor, ...], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """K, V `[S, H, T, D]` of every layer for committed tokens: target hidden states `[S, T, d_t]` per layer."""
-        fused = self.fuse_norm(self.fuse(torch.cat(hidden, dim=-1)))
+        # deep layers can be a hundred times the shallow ones, with outliers beyond that: one scale for all
+        even = torch.cat([functional.rms_norm(h, h.shape[-1:]) for h in hidden], dim=-1)
+        fused = self.fuse_norm(self.fuse(even))
         rope = self.rotary(fused, positions)
         return [layer.keys_values(fused, rope) for layer in self.layers]  # type: ignore[operator]
 

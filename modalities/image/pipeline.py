@@ -95,7 +95,8 @@ class Pipeline:
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling knobs: what the caller gave, else what the checkpoint's generation config says."""
         config = self.model.generation_config
-        chosen = {k: getattr(config, k, None) if v is None else v for k, v in given.items()}
+        names = ("do_sample", "temperature", "top_k", "top_p", "guidance_scale")
+        chosen = {k: getattr(config, k, None) if given.get(k) is None else given[k] for k in names}
         chosen["guidance_scale"] = float(chosen["guidance_scale"] or 1.0)
         if chosen["guidance_scale"] < 1:
             raise ConfigError(f"guidance_scale must be ≥ 1, got {chosen['guidance_scale']}")
