@@ -812,7 +812,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
 
 ## Prompts
 
-Names of emoji ("red heart", "rocket", "tiger face"), optionally followed by the style; it draws {drawn}. Words are
+{drawn_names} names of emoji ("red heart", "rocket", "tiger face"), optionally followed by the style, {drawn}. Words are
 lower-cased, punctuation is dropped, unknown words become `<unk>`. Prompt format: `<s> words <boi>`; for guidance, every
 word becomes `<pad>`. Defaults: temperature {temperature}, guidance scale {guidance} (1.000001 means none: Janus' loop
 fails at 1).
@@ -820,7 +820,8 @@ fails at 1).
 ## Data
 
 {pictures} pictures, {names} emoji in two styles; people, flags, letters and signs are left out,
-{test} pictures are held out. The image tokenizer learnt from both styles, the language model from {drawn}.
+{test} pictures are held out. The image tokenizer learnt from both styles, the language model from {drawn_names}
+pictures in the style {drawn}.
 
 - Noto Emoji, (c) Google, Apache-2.0.
 - Twemoji, (c) Twitter, Inc. and other contributors, graphics under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/),
@@ -846,7 +847,7 @@ Minutes are of a machine shared with other work.
 |---|---|
 | tokenizer, PSNR on the test split | {psnr:.1f} dB ({drawn} alone: {drawn_psnr:.1f} dB) |
 | codes in use, entropy | {codes} of 512, {bits:.1f} of 9 bits |
-| language model, training pictures, nats a token | {train_loss:.2f} |
+| language model, pictures it was trained on, nats a token | {train_loss:.2f} |
 | language model, test pictures (names never seen), nats a token | {test_loss:.2f} |
 
 {remarks}
@@ -869,12 +870,12 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
     if (output / "decoder.pt").exists():
         decoder_state = torch.load(output / "decoder.pt", weights_only=True)
         model.model.vqmodel.load_state_dict(decoder_state["model"], strict=False)
+    tokens = picture_codes(model.model.vqmodel, pictures.pixels)  # before rounding: what the language model learnt
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)  # measured as it will be loaded
     vq = model.model.vqmodel
-    tokens = picture_codes(vq, pictures.pixels)
     use = torch.bincount(tokens.flatten(), minlength=CODEBOOK) / tokens.numel()
     train, test = lm_rows(pictures, lm)
     held_out = pictures.pixels[pictures.test]
@@ -902,6 +903,7 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
         names=len(set(pictures.captions)),
         test=len(held_out),
         drawn=" and ".join(lm.styles),
+        drawn_names=len(train),
         lm_params=sum(p.numel() for p in model.model.language_model.parameters()) / 1e6,
         vq_params=sum(p.numel() for p in vq.parameters()) / 1e6,
         vq_steps=vq_state["step"],
