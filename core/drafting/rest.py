@@ -175,12 +175,14 @@ class Rest:
         self.sequences = context.sequences
 
     def propose(self, count: int) -> Draft:
-        s, rows = self.sequences, []
-        for tokens, running in zip(s.history, s.running, strict=True):
+        s, tries = self.sequences, {}
+        contexts = [tuple(h[-self.longest :]) if r else () for h, r in zip(s.history, s.running, strict=True)]
+        for context in set(contexts):  # rows of one prompt have much in common
             found = np.empty((0, count), dtype=np.uint32)
-            if running:
-                found = self.datastore.continuations(tokens[-self.longest :], count, self.longest, self.shortest)
-            rows.append(trie(found, self.nodes))
+            if context:
+                found = self.datastore.continuations(context, count, self.longest, self.shortest)
+            tries[context] = trie(found, self.nodes)
+        rows = [tries[context] for context in contexts]
         size = max(len(tokens) for tokens, _ in rows)
         # a row with fewer nodes repeats its last token under the root: as a draft it is as good as any
         tokens = [[*t, *[h[-1]] * (size - len(t))] for (t, _), h in zip(rows, s.history, strict=True)]

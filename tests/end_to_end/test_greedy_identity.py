@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, StoppingCri
 import polyspec
 from polyspec.recipe import Recipe
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 EXACT = text_recipes()
 DECODER_ONLY = [f for f in FAMILIES if f not in ("t5", "whisper")]
 

@@ -37,8 +37,9 @@ VOCAB, LENGTH, EOS, PAD = 5, 4, 4, 0
 PROMPTS = ((1, 2, 3), (3, 1, 2, 2, 0, 1))
 NEGATIVE = (2, 0)
 THRESHOLD = 1e-6
-BATCH = 10_000
-SAMPLES = 100_000
+BATCH = 5_000
+SAMPLES = 100_000  # for every recipe
+FEWER = 40_000  # for what is shared by several of them
 NOISE = 0.35  # how far drafters are from the target: about half of the drafts are kept
 EXACT = text_recipes()
 
@@ -173,7 +174,7 @@ def test_sampled_sequences_have_the_models_distribution(recipe: Recipe) -> None:
 
 @by_name(list({r.config.loop._target_: r for r in EXACT}.values()))
 def test_sampled_sequences_have_the_guided_distribution_in_every_loop(recipe: Recipe) -> None:
-    assert p_value(made(recipe), "guided") > THRESHOLD
+    assert p_value(made(recipe), "guided", FEWER) > THRESHOLD
 
 
 @pytest.mark.slow
@@ -191,12 +192,12 @@ def test_sampled_sequences_have_the_models_distribution_with_a_million_samples(r
 
 @pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "scd_mc", "gumbel_jacobi"])
 def test_every_row_of_a_ragged_batch_has_its_own_distribution(name: str) -> None:
-    assert p_value(made(name), "sampled", prompts=PROMPTS) > THRESHOLD
+    assert p_value(made(name), "sampled", FEWER // 2, prompts=PROMPTS) > THRESHOLD
 
 
 @pytest.mark.parametrize("name", ["prompt_lookup", "scd_gs"])
 def test_drafts_behind_which_nothing_is_allowed_leave_the_distribution_alone(name: str) -> None:
-    assert p_value(made(name), "constrained") > THRESHOLD
+    assert p_value(made(name), "constrained", FEWER) > THRESHOLD
 
 
 @pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "sjd", "scd_mc", "scd_gs"])
@@ -216,17 +217,17 @@ def test_rows_that_advance_together_keep_their_distribution(name: str, monkeypat
         self.lockstep = True
 
     monkeypatch.setattr(Target, "__init__", lockstep)
-    assert p_value(made(name), "sampled") > THRESHOLD
+    assert p_value(made(name), "sampled", FEWER) > THRESHOLD
 
 
 @pytest.mark.parametrize("policy", ["confidence", "thompson"])
 def test_a_length_that_depends_on_the_drafts_leaves_the_distribution_alone(policy: str) -> None:
-    assert p_value(made("speculative_sampling", length=policy), "sampled") > THRESHOLD
+    assert p_value(made("speculative_sampling", length=policy), "sampled", FEWER) > THRESHOLD
 
 
 def test_without_a_seed_every_batch_is_drawn_afresh() -> None:
     fast, drawn = made("speculative_sampling"), []
-    for _ in range(SAMPLES // BATCH):
+    for _ in range(FEWER // BATCH):
         drawn.append(
             model().generate(
                 torch.tensor(PROMPTS[:1]).expand(BATCH, -1), **generate_options("sampled", BATCH), custom_generate=fast
@@ -237,7 +238,7 @@ def test_without_a_seed_every_batch_is_drawn_afresh() -> None:
 
 # -- rules and loops that are wrong ------------------------------------------------------------------------------------
 
-WRONG_SAMPLES = 20_000
+WRONG_SAMPLES = 20_000  # the mistakes below are gross
 Patch = Callable[[pytest.MonkeyPatch], polyspec.CustomGenerate]
 WRONG: dict[str, tuple[str, Patch]] = {}
 
