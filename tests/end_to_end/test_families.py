@@ -37,9 +37,9 @@ WINDOWED = ("phi3", "gemma2", "cohere2", "starcoder2", "exaone4", "olmo3", "mist
 CAUSAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(PLAIN, SIZES),
     **dict.fromkeys(WINDOWED, WINDOW),
-    **dict.fromkeys(("gpt_neox", "stablelm", "persimmon"), {**SIZES, "num_key_value_heads": 4}),
+    **{key: {**SIZES, "num_key_value_heads": 4} for key in ("gpt_neox", "stablelm", "persimmon")},
     **dict.fromkeys(("gpt_bigcode", "ctrl"), OLD),
-    **dict.fromkeys(("gptj", "codegen"), {**OLD, "rotary_dim": 4}),
+    **{key: {**OLD, "rotary_dim": 4} for key in ("gptj", "codegen")},
     "gpt_oss": {**WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
     "llama4_text": {**SIZES, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 7},
     "qwen2_moe": {**SIZES, **EXPERTS, "shared_expert_intermediate_size": 16},
@@ -67,7 +67,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
 }
 SEQ2SEQ: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "blenderbot", "m2m_100"), BART),
-    **dict.fromkeys(("mt5", "umt5", "longt5"), {**T5, "decoder_start_token_id": 0, "tie_word_embeddings": False}),
+    **{key: {**T5, "decoder_start_token_id": 0, "tie_word_embeddings": False} for key in ("mt5", "umt5", "longt5")},
     "led": {**BART, "attention_window": 4},
 }
 REFUSED: dict[str, dict[str, Any]] = {
