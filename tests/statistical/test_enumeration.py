@@ -206,7 +206,8 @@ def test_rows_that_advance_together_keep_their_distribution(name: str, monkeypat
 
     def fewest_of_two(accepted: Tensor, running: Tensor) -> Tensor:
         others = accepted.masked_fill(~running, LENGTH)
-        return others.view(-1, 2).amin(1, keepdim=True).expand(-1, 2).flatten()
+        least = others.view(-1, 2).amin(1, keepdim=True).expand(-1, 2).flatten()
+        return least.masked_fill(least == LENGTH, 0)  # both rows have finished
 
     monkeypatch.setattr(chain, "fewest", fewest_of_two)
     monkeypatch.setattr(jacobi, "fewest", fewest_of_two)
