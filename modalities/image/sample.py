@@ -1,6 +1,6 @@
 """The image sample: a 7M-parameter Janus model, shipped in `samples/janus-emoji`; it draws 64x64 emoji from a caption.
 
-256 image tokens from a codebook of 512; trained by `polyspec task=train modality=image` (see `train.py` beside this).
+256 image tokens from a codebook of 512; trained by `polyspec task=train modality=image` (see `train` beside this).
 """
 
 import importlib.resources
