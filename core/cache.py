@@ -153,6 +153,7 @@ class RaggedCache(Cache):
                 raise InputError(f"past_key_values has {keys.shape[0]} rows, the prompt {slots.shape[0]}")
             layer = RaggedLayer(self)
             layer.lazy_initialization(keys, theirs.values)
+            assert layer.keys is not None and layer.values is not None
             if width > layer.keys.shape[-2]:
                 layer.keys, layer.values = grow(layer.keys, width), grow(layer.values, width)
             index_k = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
