@@ -35,7 +35,8 @@ class Contestant:
     """One line of the table: its label, how to run it, and what its runs took."""
 
     label: str
-    pipe: Any
+    pipe: Any  # None: transformers' own generate
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of this contestant alone
     seconds: list[float] = field(default_factory=list)
     stats: list[DecodingStats] = field(default_factory=list)
 
@@ -98,12 +99,18 @@ def run(config: DictConfig) -> None:
 
 
 def contestant(config: DictConfig, entry: Any, loaded: tuple[Any, Any]) -> Contestant:
-    """A recipe by name, or with overrides, on the model that is already loaded."""
+    """A recipe by name, or with overrides, on the model that is already loaded.
+
+    The name `transformers` is transformers' own generate, its overrides are arguments of generate:
+    `{name: transformers, overrides: {prompt_lookup_num_tokens: 10}}`.
+    """
     if isinstance(entry, DictConfig):  # recipe=… on the command line, its knobs as composed there
         pipe = make_pipeline(OmegaConf.merge(config, {"target": None}), str(entry.name), target=loaded)  # type: ignore[arg-type]
         return Contestant(str(entry.name), pipe)
     name, overrides = (entry, {}) if isinstance(entry, str) else (entry["name"], entry.get("overrides", {}))
     shown = ", ".join(f"{k}={v}" for k, v in overrides.items() if "/" not in str(v))
+    if name == "transformers":
+        return Contestant(f"{name} {shown}".strip(), None, overrides)
     pipe = pipelines.pipeline(config.modality.name, target=loaded, recipe=name, overrides=overrides)
     return Contestant(f"{name} {shown}".strip(), pipe)
 
@@ -112,6 +119,7 @@ def measure(
     c: Contestant, evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any], seed: int
 ) -> tuple[float, DecodingStats]:
     """Seconds a token of one run, and its stats."""
+    arguments = {**arguments, **c.arguments}
     synchronise()
     start = time.perf_counter()
     if c.pipe is None:
@@ -162,13 +170,13 @@ def table(report: Mapping[str, Any]) -> Table:
     columns = (
         "",
         "guarantee",
-        "speed-up",
-        "over plain loop",
-        "tokens/call",
-        "scored/call",
-        "ceiling",
-        "efficiency",
-        "tokens/s",
+        "speed\nup",
+        "over\nloop",
+        "tokens\n/call",
+        "scored\n/call",
+        "ceil-\ning",
+        "effi-\nciency",
+        "tokens\n/s",
     )
     for column in columns:
         shown.add_column(column, justify="left" if column in ("", "guarantee") else "right")

@@ -13,6 +13,10 @@ hidden states of several layers, h_t^{l_1} … h_t^{l_k}, become
 
 (ĥ: h over its root mean square) once, for each draft layer j with that layer's own matrices, and stay in the drafter's
 own cache. Embedding and output layer are the target's, shared and frozen. Exact under any exact rule.
+
+Not in the paper: with `bridge`, W_b [e(x_0); c_{-1}], c of the token before x_0, is added to every query, and every place
+has a mask embedding of its own. A block drafter trained for minutes rather than days has not learnt yet to fetch both by
+attention; it costs one matrix.
 """
 
 from __future__ import annotations
@@ -32,28 +36,21 @@ from transformers.models.llama.modeling_llama import (
 
 from polyspec.cache import RaggedCache
 from polyspec.drafting.base import Context, Draft
-from polyspec.drafting.early_exit import find_stack
 from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
+from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError
 from polyspec.target import Target
-
-SAME_WEIGHTS = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    **{f"{p}_proj.weight": f"self_attn.{p}_proj.weight" for p in "qkvo"},
-    **{f"mlp.{p}_proj.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
-}
-"""Names of a layer's weights here and in a Llama-like target."""
 
 Attended = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From a block's own keys and values `[S, H, Q, D]` and the layer to all that the block attends to `[S, H, K, D]`."""
 
 
 class DFlashConfig(HeadConfig):
-    """`block` is N: the last committed token and N-1 drafts."""
+    """`block` is N: the last committed token and N-1 drafts. bridge: see this module's text."""
 
     model_type = "polyspec_dflash"
     block: int = 8
+    bridge: bool = False
 
 
 class BlockLayer(nn.Module):
@@ -105,7 +102,8 @@ class DFlashModel(HeadModel):
     def __init__(self, config: DFlashConfig):
         super().__init__(config)
         width, theirs = config.hidden_size, config.target_hidden_size
-        self.mask = nn.Embedding(1, width)
+        self.mask = nn.Embedding(config.block - 1 if config.bridge else 1, width)
+        self.bridge = nn.Linear(2 * width, width, bias=False) if config.bridge else None
         self.fuse = nn.Linear(len(config.target_layers or ()) * theirs, width, bias=False)
         self.fuse_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config, i) for i in range(config.num_hidden_layers))
@@ -127,37 +125,25 @@ class DFlashModel(HeadModel):
             raise ConfigError(f"target_layers must name hidden states 0 … {depth} of the target, got {layers}")
         return {**super().default_sizes(target, sizes), "target_layers": layers}
 
-    @torch.no_grad()
-    def start_from(self, target: Target) -> None:
-        """Begin as the target's own last layers, reading the deepest hidden state, where the shapes agree: the first
-        of them then finds the very keys and values it is used to. Saves most of the training."""
-        name = find_stack(target.model)
-        stack = list(target.model.get_submodule(name).children()) if name else []
-        for layer, source in zip(self.layers, stack[-len(self.layers) :], strict=False):
-            theirs = source.state_dict()
-            found = {ours: theirs[t] for ours, t in SAME_WEIGHTS.items() if t in theirs}
-            if {k: v.shape for k, v in layer.state_dict().items()} != {k: v.shape for k, v in found.items()}:
-                return
-            layer.load_state_dict(found)
-        if name and self.config.hidden_size == self.config.target_hidden_size:
-            first: Any = self.layers[0]
-            self.fuse_norm.weight.copy_(first.attention_norm.weight)
-            self.fuse.weight.zero_()
-            self.fuse.weight[:, -self.config.hidden_size :].fill_diagonal_(1.0)
-
-    def context(self, hidden: tuple[Tensor, ...], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """K, V `[S, H, T, D]` of every layer for committed tokens: target hidden states `[S, T, d_t]` per layer."""
+    def context(self, hidden: tuple[Tensor, ...]) -> Tensor:
+        """c_t `[S, T, d]` of committed tokens from the target's hidden states `[S, T, d_t]`, one tensor a layer."""
         # deep layers can be a hundred times the shallow ones, with outliers beyond that: one scale for all
         even = torch.cat([functional.rms_norm(h, h.shape[-1:]) for h in hidden], dim=-1)
-        fused = self.fuse_norm(self.fuse(even))
-        rope = self.rotary(fused, positions)
-        return [layer.keys_values(fused, rope) for layer in self.layers]  # type: ignore[operator]
+        return self.fuse_norm(self.fuse(even))
 
-    def queries(self, embedded: Tensor) -> Tensor:
-        """The blocks' inputs `[.., N, d]`: the last committed token's embedding `[.., d_t]`, then mask embeddings."""
+    def keys_values(self, context: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """K, V `[S, H, T, D]` of every layer for committed tokens `[S, T, d]` at `positions [S or 1, T]`."""
+        rope = self.rotary(context, positions)
+        return [layer.keys_values(context, rope) for layer in self.layers]  # type: ignore[operator]
+
+    def queries(self, embedded: Tensor, last: Tensor) -> Tensor:
+        """The blocks' inputs `[.., N, d]` from e(x_0) `[.., d_t]` and c of the token before it `[.., d]`."""
         first = self.narrow(embedded).unsqueeze(-2)
         masks = self.mask.weight.to(first.dtype).expand(*first.shape[:-2], self.config.block - 1, -1)
-        return torch.cat([first, masks], dim=-2)
+        x = torch.cat([first, masks], dim=-2)
+        if self.bridge is None:
+            return x
+        return x + self.bridge(torch.cat([first.squeeze(-2), last], dim=-1)).unsqueeze(-2)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, attended: Attended) -> Tensor:
         """Blocks `x [S, Q, d]` at `positions [S, Q]` to what the target's output layer reads, `[S, Q, d_t]`."""
@@ -191,10 +177,13 @@ class DFlash(HeadDrafter[DFlashModel]):
 
     def remember(self, hidden: tuple[Tensor, ...]) -> None:
         """Put hidden states `[S, T, d_t]` behind each row's tokens, and keep as many as the target kept."""
-        positions = self.positions(hidden[0].shape[1])
-        for layer, (k, v) in enumerate(self.model.context(hidden, positions)):
+        before, context = self.cache.lengths, self.model.context(hidden)
+        for layer, (k, v) in enumerate(self.model.keys_values(context, self.positions(context.shape[1]))):
             self.cache.update(k, v, layer)
         self.cache.rollback(self.target.cache_lengths)
+        kept = [new - old for new, old in zip(self.cache.lengths, before, strict=True)]
+        # nothing is known before a first token
+        self.last = take(functional.pad(context, (0, 0, 1, 0)), torch.tensor(kept, device=context.device))
 
     def positions(self, width: int) -> Tensor:
         start = torch.tensor(self.cache.lengths, device=self.target.device)[:, None]
@@ -203,7 +192,7 @@ class DFlash(HeadDrafter[DFlashModel]):
     def block(self, count: int) -> Tensor:
         """Logits `[B, count, V]` of the next positions, at most `block - 1` of them."""
         pending = self.streams(self.sequences.tail(1)[:, 0])
-        block = self.model.queries(self.layers.embed(pending))
+        block = self.model.queries(self.layers.embed(pending), self.last)
         positions = self.positions(block.shape[1])
         mask = None
         if not self.cache.uniform:

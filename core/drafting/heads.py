@@ -77,11 +77,7 @@ class HeadModel(PreTrainedModel):
         if vocabulary is not None and config.trimmed:
             assert model.vocab_map is not None
             model.vocab_map.copy_(vocabulary)
-        model.start_from(target)
         return model.eval()
-
-    def start_from(self, target: Target) -> None:
-        """Take over what a head of this kind can use of the target's weights, before any training."""
 
     @classmethod
     def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class DFlashObjective:
         rows, context = tokens.shape[0], tokens.shape[1] - 1
         anchors = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, self.anchors)  # [B, A]
         positions = (anchors[..., None] + torch.arange(block, device=tokens.device)).flatten(1)  # [B, A·N]
-        kept = model.context(batch["hidden"][:-1], torch.arange(context, device=tokens.device)[None])
+        features = model.context(batch["hidden"][:-1])
+        kept = model.keys_values(features, torch.arange(context, device=tokens.device)[None])
 
         def attended(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
             return torch.cat([kept[layer][0], k], dim=2), torch.cat([kept[layer][1], v], dim=2)
@@ -57,7 +58,8 @@ class DFlashObjective:
         before = torch.arange(context, device=tokens.device) < query_anchor[..., None]
         own = torch.arange(self.anchors, device=tokens.device).repeat_interleave(block)
         mask = torch.cat([before, (own[:, None] == own).expand(rows, -1, -1)], dim=2)[:, None]
-        x = model.queries(layers.embed(tokens.gather(1, anchors))).flatten(1, 2)
+        last = rows_at(functional.pad(features, (0, 0, 1, 0)), anchors)  # of the token before the anchor, zero if none
+        x = model.queries(layers.embed(tokens.gather(1, anchors)), last).flatten(1, 2)
         out = model(x, positions, mask, attended).unflatten(1, (self.anchors, block))[:, :, 1:]
         weight = torch.exp(-torch.arange(block - 1, device=tokens.device) / (self.decay or block / 2))
         predicted = positions.unflatten(1, (self.anchors, block))[:, :, 1:]

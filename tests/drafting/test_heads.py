@@ -21,7 +21,7 @@ from polyspec.drafting.medusa import MedusaModel
 from polyspec.target import make_target
 
 HEADS: dict[str, tuple[type[HeadModel], dict[str, Any]]] = {
-    "dflash": (DFlashModel, {"layers": 2, "block": 5}),
+    "dflash": (DFlashModel, {"layers": 2, "block": 5, "bridge": True}),
     "eagle": (EagleModel, {}),
     "medusa": (MedusaModel, {"heads": 4}),
 }
@@ -122,14 +122,14 @@ def test_what_a_block_drafter_keeps_is_what_it_would_compute_from_scratch() -> N
             start = torch.tensor(kept_here.lengths)[:, None]
             columns = (start + torch.arange(9)).clamp(max=8)
             fed = tuple(h.gather(1, columns[..., None].expand(-1, -1, 32)) for h in hidden)
-            for layer, (k, v) in enumerate(model.context(fed, start + torch.arange(9))):
+            for layer, (k, v) in enumerate(model.keys_values(model.context(fed), start + torch.arange(9))):
                 kept_here.update(k, v, layer)
             kept_here.rollback(kept)
     drafts = []
     for kept_here in (whole, parts):
         drafter = DFlash(model)
         drafter.target, drafter.cache = tgt, kept_here
-        block = model.queries(torch.ones(2, 32))
+        block = model.queries(torch.ones(2, 32), torch.ones(2, 32))
         positions = drafter.positions(block.shape[1])
         mask = (torch.arange(kept_here.longest + block.shape[1]) <= positions[:, -1:])[:, None, None, :]
         drafts.append(model(block, positions, mask, kept_here.update))

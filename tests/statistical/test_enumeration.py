@@ -41,6 +41,7 @@ BATCH = 5_000
 SAMPLES = 100_000  # for every recipe
 FEWER = 40_000  # for what is shared by several of them
 NOISE = 0.35  # how far drafters are from the target: about half of the drafts are kept
+SMALL = {"length": 3, "window": 3, "candidates": 2, "nodes": 6}  # drafts no longer than what is generated
 EXACT = text_recipes()
 
 
@@ -154,7 +155,7 @@ def p_value(
 
 def made(recipe: str | Recipe, **knobs: Any) -> polyspec.CustomGenerate:
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    chosen = overrides(recipe, model(), NOISE, **{"length": 3, "window": 3, **knobs})
+    chosen = overrides(recipe, model(), NOISE, **{**SMALL, **knobs})
     return polyspec.custom_generate(recipe.name, **chosen)
 
 
