@@ -55,7 +55,7 @@ def generate(config: DictConfig) -> None:
 def train(config: DictConfig) -> None:
     """Train what the `train` group describes, with the modality's `train` module or the core's for draft heads."""
     if missing := sorted(OmegaConf.missing_keys(config.train)):
-        raise ConfigError(f"set {', '.join(f'train.{key}=…' for key in missing)}")
+        raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
     module, _, function = str(config.train.entry).partition(":")
     getattr(import_module(module), function)(config.train)
 
