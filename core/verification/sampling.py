@@ -29,26 +29,28 @@ def sample(weights: Tensor, generator: torch.Generator | None = None, fallback: 
     if fallback is not None:
         weights = torch.where(weights.sum(-1, keepdim=True) == 0, fallback, weights)
     shape, vocab = weights.shape[:-1], weights.shape[-1]
-    if vocab > 4 * BLOCK:
-        blocks = functional.pad(weights.reshape(-1, vocab), (0, -vocab % BLOCK)).unflatten(-1, (-1, BLOCK))
-    else:
-        blocks = weights.reshape(-1, 1, vocab)
-    dtype = wide(weights.device)
+    rows, dtype = weights.reshape(-1, vocab), wide(weights.device)
+    # below one even where the device's widest float rounds a uniform draw up
     ceiling = 1 - torch.finfo(dtype).eps
-    level = torch.rand(blocks.shape[0], 1, generator=generator, device=weights.device, dtype=dtype)
-
-    sums = blocks.sum(-1, dtype=torch.float32).to(dtype)  # [R, V/BLOCK]
-    cdf = sums.cumsum(-1)
-    total = cdf[:, -1:]
-    level = level.clamp(max=ceiling) * total
-    block = torch.searchsorted(cdf, level, right=True).clamp_(max=sums.shape[-1] - 1)
-    size = sums.gather(-1, block)
-    level = ((level - (cdf.gather(-1, block) - size)) / size).clamp(0, ceiling)  # position inside the block
-
-    cdf = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, blocks.shape[-1])).squeeze(1).cumsum(-1, dtype=dtype)
-    inside = torch.searchsorted(cdf, level * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
-    token = block * BLOCK + inside
+    level = torch.rand(rows.shape[0], 1, generator=generator, device=rows.device, dtype=dtype).clamp_(max=ceiling)
+    if vocab <= 4 * BLOCK:
+        token, total = _invert(rows.cumsum(-1, dtype=dtype), level)
+    else:
+        blocks = functional.pad(rows, (0, -vocab % BLOCK)).unflatten(-1, (-1, BLOCK))
+        sums = blocks.sum(-1, dtype=torch.float32).to(dtype)  # [R, V/BLOCK]
+        cdf = sums.cumsum(-1)
+        block, total = _invert(cdf, level)
+        size = sums.gather(-1, block)
+        level = ((level * total - (cdf.gather(-1, block) - size)) / size).clamp(0, ceiling)  # place inside the block
+        inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+        token = block * BLOCK + _invert(inside.cumsum(-1, dtype=dtype), level)[0]
     return torch.where((total > 0) & total.isfinite(), token, -1).reshape(shape)
+
+
+def _invert(cdf: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an unnormalised cdf [R, K] passes level [R, 1] in [0, 1), and its total: [R, 1] both."""
+    total = cdf[:, -1:]
+    return torch.searchsorted(cdf, level * total, right=True).clamp_(max=cdf.shape[-1] - 1), total
 
 
 def at_tokens(probs: Tensor, tokens: Tensor) -> Tensor:
