@@ -8,13 +8,17 @@ stale slots are overwritten by the next forward pass. Padding never enters the c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from polyspec.errors import InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from polyspec.trees import Tree
 
 GROWTH = 256  # slots added at least when a buffer is too small
 
@@ -74,6 +78,21 @@ def grow(buffer: Tensor, needed: int) -> Tensor:
     return larger
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where T tokens about to be written sit and what they see, for S rows or for one that stands for all.
+
+    base `[S or 1, 1]`: tokens before the chain or before the tree's root; depth `[.., T]`: of the new tokens, their
+    position is `base + depth`; key_depth `[.., K]`: of what every slot holds, negative before the root; visible
+    `[.., T, K]` bool.
+    """
+
+    base: Tensor
+    depth: Tensor
+    key_depth: Tensor
+    visible: Tensor
+
+
 class RaggedCache(Cache):
     """Drop-in `past_key_values` for any attention model, with one length per row.
 
@@ -104,6 +123,29 @@ class RaggedCache(Cache):
             rows = torch.arange(len(self.lengths), device=device)[:, None]
             self._index = (*key, rows, start + torch.arange(new, device=device))
         return self._index[2], self._index[3]
+
+    def layout(self, new: int, tree: Tree | None, device: torch.device) -> Layout:
+        """Of the next `new` tokens: a chain, or the last `new` nodes of `tree` (its root counted), whose earlier ones are
+        the last tokens in the cache. A node sees what comes before the root, its ancestors and itself."""
+        size = new if tree is None else tree.size + 1
+        lengths = self.lengths[:1] if self.uniform else self.lengths
+        base = torch.tensor(lengths, device=device)[:, None] - (size - new)
+        relative = torch.arange(self.longest + new, device=device)[None] - base
+        if tree is None:
+            depth = torch.arange(new, device=device)[None]
+            return Layout(base, depth, relative, relative[:, None, :] <= depth[:, :, None])
+        depth = tree.depth.to(device).view(-1, size)
+        ancestors = tree.ancestors.to(device).view(-1, size, size)[:, size - new :]
+        if ancestors.shape[0] not in (1, len(self.lengths)):  # guidance: both streams hold the same tree
+            ancestors, depth = torch.cat([ancestors] * 2), torch.cat([depth] * 2)
+        rows = max(ancestors.shape[0], relative.shape[0])
+        relative, index = relative.expand(rows, -1), relative.clamp(0, size - 1).expand(rows, -1)
+        among = ancestors.expand(rows, -1, -1).gather(2, index[:, None, :].expand(-1, new, -1))
+        inside = ((relative >= 0) & (relative < size))[:, None, :]
+        visible = torch.where(inside, among, (relative < 0)[:, None, :])
+        depth = depth.expand(rows, -1)
+        key_depth = torch.where(relative < 0, relative, depth.gather(1, index))
+        return Layout(base, depth[:, size - new :], key_depth, visible)
 
     def keep_path(self, path: Tensor) -> None:
         """Move the tree nodes `path [S, D]` (offsets from each row's length) to the D slots behind the kept tokens.

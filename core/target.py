@@ -137,8 +137,9 @@ class Target:
         return output
 
     def forward(self, tokens: Tensor, tree: Tree | None = None) -> Output:
-        """Score `[B, T]` tokens: each row's last committed one and its drafts. tree: how the T tokens hang together
-        (`parents [T]` or `[B, T]`, node 0 the committed token); None is a chain. Call `rollback` afterwards."""
+        """Score `[B, T]` tokens: each row's last committed one and its drafts. tree: how the T tokens hang together, node 0
+        the committed token; None is a chain. They may be a tree's last T nodes only, if the cache's last tokens are the
+        others. Call `rollback` afterwards."""
         streams = tokens if self.guidance is None else torch.cat([tokens, self.unconditional(tokens)])
         return self.run(streams, tree, keep_logits=True)
 
@@ -190,30 +191,17 @@ class Target:
     def layout(self, new: int, tree: Tree | None, device: torch.device) -> tuple[Tensor, Any]:
         """Positions `[S, T]` and attention mask(s) `[S or 1, 1, T, K]` of `new` tokens behind the kept ones."""
         assert self.cache is not None
-        lengths = self.cache.lengths[:1] if self.cache.uniform else self.cache.lengths
-        kept = torch.tensor(lengths, device=device)[:, None]
-        if new == 1 and self.cache.uniform and self.windows == {"": None} and not self.float_mask:
-            return kept.expand(len(self.cache.lengths), -1), None  # one token sees all there is
-        depth = torch.arange(new, device=device)[None] if tree is None else tree.depth.to(device).view(-1, new)
-        relative = torch.arange(self.cache.longest + new, device=device)[None] - kept
-        if tree is None:
-            visible = relative[:, None, :] <= depth[:, :, None]
-            key_depth = relative
-        else:
-            ancestors = tree.ancestors.to(device).view(-1, new, new)
-            if ancestors.shape[0] not in (1, len(self.cache.lengths)):  # guidance: both streams hold the same tree
-                ancestors, depth = torch.cat([ancestors] * 2), torch.cat([depth] * 2)
-            size = max(ancestors.shape[0], relative.shape[0])
-            relative, index = relative.expand(size, -1), relative.clamp(0, new - 1).expand(size, -1)
-            among = ancestors.expand(size, -1, -1).gather(2, index[:, None, :].expand(-1, new, -1))
-            inside = ((relative >= 0) & (relative < new))[:, None, :]
-            visible = torch.where(inside, among, (relative < 0)[:, None, :])
-            depth = depth.expand(size, -1)
-            key_depth = torch.where(relative < 0, relative, depth.gather(1, index))
-        positions = (kept + depth).expand(len(self.cache.lengths), -1)
-        distance = depth[:, :, None] - key_depth[:, None, :]
+        chain = tree is None or tree.size == 0
+        if new == 1 and chain and self.cache.uniform and self.windows == {"": None} and not self.float_mask:
+            kept = torch.tensor(self.cache.lengths, device=device)[:, None]
+            return kept, None  # one token sees all there is
+        at = self.cache.layout(new, tree, device)
+        positions = (at.base + at.depth).expand(len(self.cache.lengths), -1)
+        distance = at.depth[:, :, None] - at.key_depth[:, None, :]
         masks = {
-            kind: self.finish_mask(visible if reach is None else visible & reach(distance, kept, depth, key_depth))
+            kind: self.finish_mask(
+                at.visible if reach is None else at.visible & reach(distance, at.base, at.depth, at.key_depth)
+            )
             for kind, reach in self.windows.items()
         }
         return positions, masks.get("", masks)
