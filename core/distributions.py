@@ -56,7 +56,7 @@ class Processing:
         self, logits: Tensor, sequences: Sequences, drafts: Tensor, tree: Tree | None = None, first: int = 0
     ) -> Tensor:
         """Processed scores `[B, T, V]` of logits `[B, T, V]`: column t follows each row's committed tokens and then
-        `drafts[:, :first + t]`; with a tree, node t's ancestors among the drafts."""
+        `drafts[:, :first + t]`; with a tree, the ancestors of its node first + t (0: the root) among the drafts."""
         batch, width, vocab = logits.shape
         scores = logits.to(torch.float32, copy=bool(self.processors))
         for processor, free in self.processors:
@@ -70,7 +70,7 @@ class Processing:
                     if tree is None:
                         prefixes = sequences.prefixes(drafts[:, : first + column])
                     else:
-                        above = tree.ancestors[..., column, 1:].expand(batch, -1)
+                        above = tree.ancestors[..., first + column, 1:].expand(batch, -1)
                         prefixes = sequences.branches([d[a] for d, a in zip(drafts, above, strict=True)])
                     for rows, prefix in prefixes:
                         # the whole batch each time: a processor may know its rows by their index
@@ -96,6 +96,12 @@ class Draws(Protocol):
 
     def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Scores `[B, T, V]` by which a drafter that offers several candidates should rank them."""
+        ...
+
+    def candidates(self, scores: Tensor, positions: Tensor, count: int) -> Tensor:
+        """`count` different tokens a position `[B, T, count]` in the order to try them, from scores `[B, T, V]` at
+        positions `[B, T]`: drawn without replacement from what `draft_probs` gives, or the best where draws are certain.
+        Where fewer can be drawn the first is repeated, which no rule tries again."""
         ...
 
     def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
@@ -130,6 +136,9 @@ class Greedy:
 
     def draft_probs(self, scores: Tensor) -> Tensor | None:
         return None
+
+    def candidates(self, scores: Tensor, positions: Tensor, count: int) -> Tensor:
+        return scores.topk(count).indices
 
     def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
         form = getattr(getattr(rule, "func", rule), "greedy", greedy_match)
@@ -168,6 +177,14 @@ class Independent:
     def draft_probs(self, scores: Tensor) -> Tensor | None:
         return scores.softmax(-1)
 
+    def candidates(self, scores: Tensor, positions: Tensor, count: int) -> Tensor:
+        left, drawn = scores.softmax(-1), []
+        for _ in range(count):
+            token = sample(left, self.generator)
+            drawn.append(torch.where(token < 0, drawn[0] if drawn else 0, token))  # at first only if scores are NaN
+            left = left.scatter(-1, drawn[-1][..., None], 0.0)
+        return torch.stack(drawn, dim=-1)
+
     def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
         return rule(draft.tokens, draft.probs, scores.softmax(-1), generator=self.generator)
 
@@ -191,7 +208,8 @@ class Independent:
             return follow(draft, self.draw(scores, positions))
         assert draft.tree is not None
         tree, p = draft.tree, scores.softmax(-1)
-        return rule(draft.tokens, tree.parents, draft.probs, p, depth=tree.height, generator=self.generator)
+        bounds = {"depth": tree.height, "children": tree.width}
+        return rule(draft.tokens, tree.parents, draft.probs, p, **bounds, generator=self.generator)
 
 
 class Coupled:
@@ -214,6 +232,9 @@ class Coupled:
 
     def draft_probs(self, scores: Tensor) -> Tensor | None:
         return None
+
+    def candidates(self, scores: Tensor, positions: Tensor, count: int) -> Tensor:
+        return self.perturbed(scores, positions).topk(count).indices
 
     def verify(self, rule: Callable[..., Verdict], draft: Draft, scores: Tensor, positions: Tensor) -> Verdict:
         return greedy_match(draft.tokens, None, self.perturbed(scores, positions))

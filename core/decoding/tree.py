@@ -18,8 +18,8 @@ from polyspec.verification.tree_walk import path_of
 class TreeLoop:
     """Speculative decoding with a tree of drafts (SpecInfer, 2305.09781; Sequoia, 2402.12374), for ragged batches.
 
-    walk: a tree rule of polyspec.verification, `(tokens, parents, node_q, target_probs, depth=…) -> (path, accepted,
-    next_token)`. It checks trees whose nodes were drawn (`Draft.probs`); where nodes are certain, a top-k tree say,
+    walk: a tree rule of polyspec.verification, `(tokens, parents, node_q, target_probs, depth=…, children=…) -> (path,
+    accepted, next_token)`. It checks trees whose nodes were drawn (`Draft.probs`); where nodes are certain, a top-k tree say,
     the target's draw at each node picks the child, which is exact whatever the tree. `context.length` is the most depth.
     """
 

@@ -1,4 +1,4 @@
-"""A separate, smaller model drafts a chain.
+"""A separate, smaller model drafts a chain, or a tree level by level.
 
 Fast Inference from Transformers via Speculative Decoding, 2211.17192; Accelerating Large Language Model Decoding with
 Speculative Sampling, 2302.01318. Same tokenizer as the target; the vocabularies may be padded to different sizes.
@@ -20,6 +20,7 @@ from polyspec.drafting.base import Context, Draft
 from polyspec.errors import ConfigError, InputError
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
+from polyspec.trees import Tree
 
 PADDING = 1024  # vocabularies of siblings differ by padding; a larger difference means another tokenizer
 
@@ -91,22 +92,41 @@ class DraftModel:
         """Tokens on this model's device, ids beyond its vocabulary (padding the target has and we lack) clipped."""
         return tokens.to(self.draft_target.device).clamp(0, self.own_vocab_size - 1)
 
-    def propose(self, count: int) -> Draft:
-        s, draws = self.context.sequences, self.context.draws
-        target = self.draft_target
+    def root(self) -> Tensor:
+        s, target = self.context.sequences, self.draft_target
         # What this model has not been through: the last committed token, after a fully accepted round the last draft
         # too, and whatever was decoded plainly meanwhile. Rows that lack less write some slots again, with equal values
         # (a row that has finished may not even have that many tokens; what it drafts is not looked at).
         missing = max(n + 1 - min(n, f) for n, f in zip(s.cached, self.fed, strict=True))
         target.rollback(s.cached)
         target.rollback([max(n + 1 - missing, 0) for n in s.cached])
-        step, positions = s.tail(missing), s.positions(count)
-        tokens, probs = s.tail(1)[:, :0], []
+        logits = self.logits(s.tail(missing))[:, -1:]
+        self.fed = [n + 1 for n in s.cached]
+        target.rollback(self.fed)
+        return logits
+
+    def level(self, tokens: Tensor, tree: Tree) -> Tensor:
+        logits = self.logits(tokens, tree)
+        self.draft_target.rollback([n + tree.size for n in self.fed])
+        return logits
+
+    def rollback(self) -> None:
+        self.draft_target.rollback(self.fed)
+
+    def logits(self, tokens: Tensor, tree: Tree | None = None) -> Tensor:
+        """Logits `[B, T, V]` over the target's vocabulary after T more tokens; with a tree, its last T nodes."""
+        self.context.stats.draft_calls += 1
+        logits = self.draft_target.forward(self.to_own(tokens), tree).logits
+        return fit_vocabulary(logits.to(tokens.device), self.vocab_size)
+
+    def propose(self, count: int) -> Draft:
+        s, draws, positions = self.context.sequences, self.context.draws, self.context.sequences.positions(count)
+        logits, tokens, probs = self.root(), s.tail(1)[:, :0], []
         for i in range(count):
-            logits = target.forward(self.to_own(step)).logits[:, -1:].to(s.device)
-            self.context.stats.draft_calls += 1
-            target.rollback([n + i + 1 for n in s.cached])
-            scores = self.context.processing.scores(fit_vocabulary(logits, self.vocab_size), s, tokens, first=i)
+            if i > 0:
+                logits = self.logits(tokens[:, -1:])
+                self.draft_target.rollback([n + i + 1 for n in s.cached])
+            scores = self.context.processing.scores(logits, s, tokens, first=i)
             step = draws.draw(scores, positions[:, i : i + 1]).clamp_min(0)  # -1 where the scores are NaN: never kept
             tokens = torch.cat([tokens, step], dim=1)
             probs.append(draws.draft_probs(scores))

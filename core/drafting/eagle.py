@@ -30,6 +30,7 @@ from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
 from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError
 from polyspec.target import Target, pack_rows
+from polyspec.trees import Tree
 
 
 class EagleConfig(HeadConfig):
@@ -86,7 +87,7 @@ class EagleModel(HeadModel):
 
 
 class Eagle(HeadDrafter[EagleModel]):
-    """Drafts token by token with `heads`, an EagleModel or its folder."""
+    """Drafts token by token, or level by level, with `heads`, an EagleModel or its folder."""
 
     kind = EagleModel
 
@@ -114,15 +115,30 @@ class Eagle(HeadDrafter[EagleModel]):
         last = [new - old - 1 for new, old in zip(self.cache.lengths, before, strict=True)]
         self.predicted = take(out, torch.tensor(last, device=out.device))[:, None]
 
-    def step(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """T entries `[S, T]` behind those in the cache, to their predicted features `[S, T, d]`."""
-        start = torch.tensor(self.cache.lengths, device=tokens.device)[:, None]
-        positions = start + torch.arange(tokens.shape[1], device=tokens.device)
-        mask = None
-        if tokens.shape[1] > 1 or not self.cache.uniform:
-            slots = torch.arange(self.cache.longest + tokens.shape[1], device=tokens.device)
-            mask = (slots <= positions[..., None])[:, None]
-        return self.model(self.layers.embed(tokens), features, positions, mask, self.cache)
+    def step(self, tokens: Tensor, features: Tensor, tree: Tree | None = None) -> Tensor:
+        """T entries `[S, T]` behind those in the cache, to their predicted features `[S, T, d]`; with a tree, its last
+        T nodes. The entry of the last committed token is the tree's root."""
+        at = self.cache.layout(tokens.shape[1], tree, tokens.device)
+        alone = tokens.shape[1] == 1 and tree is None and self.cache.uniform
+        mask = None if alone else at.visible[:, None]
+        return self.model(self.layers.embed(tokens), features, at.base + at.depth, mask, self.cache)
+
+    def root(self) -> Tensor:
+        self.kept, self.reached = self.cache.lengths, self.predicted
+        self.context.stats.draft_calls += 1
+        return self.logits(self.predicted)
+
+    def level(self, tokens: Tensor, tree: Tree) -> Tensor:
+        above = self.streams(tree.parents[:, -tokens.shape[1] :] + 1)
+        features = self.reached.gather(1, above[..., None].expand(-1, -1, self.reached.shape[-1]))
+        out = self.step(self.streams(tokens), features, tree)
+        self.cache.rollback([n + tree.size for n in self.kept])
+        self.reached = torch.cat([self.reached, out], dim=1)
+        self.context.stats.draft_calls += 1
+        return self.logits(out)
+
+    def rollback(self) -> None:
+        self.cache.rollback(self.kept)
 
     def propose(self, count: int) -> Draft:
         s, feature, kept = self.sequences, self.predicted, self.cache.lengths

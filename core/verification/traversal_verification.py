@@ -38,13 +38,15 @@ def traversal_verification(
     *,
     replacement: bool = False,
     depth: int | None = None,
+    children: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Verify a tree bottom-up.
 
     tokens [B, M] long (-1: no node); parents [M] or [B, M] long, -1 the root; node_q [B, M+1, V]: what the children of
     the root (0) and of each node (m+1) were drawn from, siblings in index order; target_probs [B, M+1, V].
-    Returns (path [B, depth] node indices padded with -1, accepted [B], next_token [B]); depth defaults to M.
+    Returns (path [B, depth] node indices padded with -1, accepted [B], next_token [B]); depth defaults to M; children, which
+    the walk down needs, is not looked at.
     Keeps float32 copies of both probability tensors and makes M steps of a few passes over [B, V].
     Raises InputError for shapes, dtypes or devices that do not fit.
     """
