@@ -9,7 +9,9 @@ from torch import Tensor
 
 from polyspec.decoding.sequences import Sequences
 from polyspec.drafting.base import Context, Draft, Drafter
+from polyspec.target import Target
 from polyspec.verification import Verdict
+from polyspec.verification.rule import for_target
 
 
 class Chain:
@@ -21,9 +23,14 @@ class Chain:
     def __init__(self, verifier: Callable[..., Verdict]):
         self.verifier = verifier
 
+    def check(self, target: Target) -> None:
+        """UnsupportedModelError if the verifier needs something that `target` lacks."""
+        for_target(self.verifier, target)
+
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""
         target, sequences, stats = context.target, context.sequences, context.stats
+        verifier = for_target(self.verifier, target)
         context.length.begin(context)
         while not sequences.finished:
             count = min(context.length.next(), sequences.remaining - 1)
@@ -34,7 +41,7 @@ class Chain:
             with stats.timed("verify"):
                 scores = context.processing.scores(output.logits, sequences, draft.tokens)
                 positions = sequences.positions(draft.tokens.shape[1] + 1)
-                verdict = context.draws.verify(self.verifier, draft, scores, positions)
+                verdict = context.draws.verify(verifier, draft, scores, positions)
                 if target.lockstep:
                     verdict = in_lockstep(verdict, draft.tokens, sequences.running_tensor)
                 gained = sequences.commit(draft.tokens, verdict, scores.amax(-1))

@@ -19,6 +19,7 @@ from polyspec.drafting.base import Context, Drafter
 from polyspec.errors import ConfigError, unknown
 from polyspec.target import Target
 from polyspec.verification import Verdict
+from polyspec.verification.rule import for_target
 
 
 class Initialisation(Protocol):
@@ -82,12 +83,15 @@ class Jacobi:
         self.init = init
 
     def check(self, target: Target) -> None:
-        """ConfigError if windows cannot be started on `target` as asked."""
+        """ConfigError if windows cannot be started on `target` as asked, UnsupportedModelError if the rule needs
+        something that it lacks."""
         self.init.check(target)
+        for_target(self.rule, target)
 
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""
         target, sequences, stats, draws = context.target, context.sequences, context.stats, context.draws
+        rule = for_target(self.rule, target)
         context.length.begin(context)
         # The window as the last forward left it: y (its first column the last committed token), and how far to shift.
         y, p, shift = sequences.tail(1), None, torch.zeros(sequences.batch, dtype=torch.long, device=sequences.device)
@@ -99,7 +103,7 @@ class Jacobi:
                 output = target.forward(torch.cat([sequences.tail(1), x], dim=1))
             with stats.timed("verify"):
                 scores = context.processing.scores(output.logits, sequences, x)
-                y, kept, p = draws.refine(self.rule, x, q, scores, sequences.positions(width + 1))
+                y, kept, p = draws.refine(rule, x, q, scores, sequences.positions(width + 1))
                 shift = kept.long().cumprod(1).sum(1)
                 if target.lockstep:  # what a row settled beyond the common cut stays in its window, with q := p
                     shift = fewest(shift, sequences.running_tensor)

@@ -9,7 +9,7 @@ One rule is one file, named after the rule, with the paper's equation in its doc
   topk_threshold.
 * Several candidates for one token: recursive_rejection, kseq, spechub, greedy_plus_one, importance_selection.
 * Trees: walk_deterministic, walk_recursive, traversal_verification.
-* A window of positions, each on its own: sjd, scd_mc, scd_gs.
+* A window of positions, each on its own: sjd, scd_mc, scd_gs, gsd.
 * Single draws: modified_rejection, reflection_coupling, gumbel_argmax, sample.
 """
 
@@ -20,7 +20,7 @@ from polyspec.verification.coarse_grained import TokenGroups, coarse_grained
 from polyspec.verification.cool_sd import cool_sd
 from polyspec.verification.greedy_match import greedy_match
 from polyspec.verification.greedy_plus_one import greedy_plus_one, greedy_plus_one_draft
-from polyspec.verification.grouped import grouped
+from polyspec.verification.grouped import grouped, gsd
 from polyspec.verification.gumbel import gumbel_argmax, gumbel_match, gumbel_noise
 from polyspec.verification.importance_selection import importance_selection
 from polyspec.verification.kseq import kseq
@@ -57,6 +57,7 @@ __all__ = [
     "greedy_plus_one",
     "greedy_plus_one_draft",
     "grouped",
+    "gsd",
     "gumbel_argmax",
     "gumbel_match",
     "gumbel_noise",

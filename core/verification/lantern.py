@@ -19,20 +19,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyspec.errors import ConfigError, InputError
+from polyspec.errors import InputError
 from polyspec.verification.checks import check_chain, check_ids, check_knob
 from polyspec.verification.rule import Verdict, rule
 from polyspec.verification.sampling import at_position, at_tokens, draft_row, leading, sample, uniform
 
 
-@rule(guarantee="bounded", paper="2410.03355")
+@rule(guarantee="bounded", paper="2410.03355", takes=("neighbours",))
 def lantern_greedy(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,
     target_probs: Tensor,
     *,
-    neighbours: Tensor | None = None,
-    embeddings: Tensor | None = None,
+    neighbours: Tensor,
     k: int = 1000,
     delta: float = 0.1,
     generator: torch.Generator | None = None,
@@ -40,19 +39,18 @@ def lantern_greedy(
     """LANTERN at temperature 0: accept x if it is the argmax of p̂; then argmax p. Arguments as for `lantern`,
     target_probs being probabilities before any temperature."""
     check_knob("delta", delta, 0, 1)
-    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, embeddings, k, generator)
+    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, k, generator)
     p_hat, _ = aggregate(draft_tokens, target_probs, near, delta)
     return _most_likely(draft_tokens, target_probs, p_hat)
 
 
-@rule(guarantee="bounded", paper="2502.06352")
+@rule(guarantee="bounded", paper="2502.06352", takes=("neighbours",))
 def lantern_pp_greedy(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,
     target_probs: Tensor,
     *,
-    neighbours: Tensor | None = None,
-    embeddings: Tensor | None = None,
+    neighbours: Tensor,
     k: int = 10,
     lam: float = 5.0,
     generator: torch.Generator | None = None,
@@ -60,20 +58,19 @@ def lantern_pp_greedy(
     """LANTERN++ at temperature 0: accept x if it is the argmax of p̂; then argmax p. Arguments as for `lantern_pp`,
     target_probs being probabilities before any temperature."""
     check_knob("lam", lam, 1)
-    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, embeddings, k, generator)
+    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, k, generator)
     limit = (lam - 1) * at_tokens(target_probs[:, :-1], draft_tokens)
     p_hat, _ = aggregate(draft_tokens, target_probs, near, limit.unsqueeze(-1))
     return _most_likely(draft_tokens, target_probs, p_hat)
 
 
-@rule(guarantee="bounded", paper="2410.03355", greedy=lantern_greedy)
+@rule(guarantee="bounded", paper="2410.03355", takes=("neighbours",), greedy=lantern_greedy)
 def lantern(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,
     target_probs: Tensor,
     *,
-    neighbours: Tensor | None = None,
-    embeddings: Tensor | None = None,
+    neighbours: Tensor,
     k: int = 1000,
     delta: float = 0.1,
     generator: torch.Generator | None = None,
@@ -81,30 +78,29 @@ def lantern(
     """Verify a chain against p̂ with S <= delta.
 
     draft_tokens [B, N] long, drawn from draft_probs [B, N, V] (None: a deterministic draft, q one-hot);
-    target_probs [B, N+1, V]. Give neighbours [V, >=k] long (nearest first, see `nearest_neighbours`) or embeddings
-    [V, d], which costs a search on every call. k >= 1 is cut to what there is; delta in [0, 1].
+    target_probs [B, N+1, V]; neighbours [V, ..] long, every token's nearest others first (see `nearest_neighbours`), of
+    which the first k >= 1 count; delta in [0, 1].
     Raises InputError for shapes, dtypes or devices that do not fit, ConfigError for knobs out of range.
     """
     check_knob("delta", delta, 0, 1)
-    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, embeddings, k, generator)
+    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, k, generator)
     return _verify(draft_tokens, draft_probs, target_probs, near, delta, generator)
 
 
-@rule(guarantee="bounded", paper="2502.06352", greedy=lantern_pp_greedy)
+@rule(guarantee="bounded", paper="2502.06352", takes=("neighbours",), greedy=lantern_pp_greedy)
 def lantern_pp(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,
     target_probs: Tensor,
     *,
-    neighbours: Tensor | None = None,
-    embeddings: Tensor | None = None,
+    neighbours: Tensor,
     k: int = 10,
     lam: float = 5.0,
     generator: torch.Generator | None = None,
 ) -> Verdict:
     """Verify a chain against p̂ with p̂(x) <= lam · p(x); lam >= 1, the other arguments as for `lantern`."""
     check_knob("lam", lam, 1)
-    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, embeddings, k, generator)
+    near = _neighbours(draft_tokens, draft_probs, target_probs, neighbours, k, generator)
     limit = (lam - 1) * at_tokens(target_probs[:, :-1], draft_tokens)
     return _verify(draft_tokens, draft_probs, target_probs, near, limit.unsqueeze(-1), generator)
 
@@ -121,43 +117,33 @@ def aggregate(draft_tokens: Tensor, target_probs: Tensor, near: Tensor, limit: f
 def nearest_neighbours(embeddings: Tensor, k: int, chunk: int = 1024) -> Tensor:
     """The table [V, k] long of nearest other tokens (L2, nearest first) of embeddings [V, d]; to be made once."""
     check_knob("k", k, 1, embeddings.shape[0] - 1)
-    tokens = torch.arange(embeddings.shape[0], device=embeddings.device)
-    return torch.cat([_nearest(part, embeddings, k) for part in tokens.split(chunk)])
+    table, tokens = embeddings.float(), torch.arange(embeddings.shape[0], device=embeddings.device)
 
+    def nearest(part: Tensor) -> Tensor:
+        distance = torch.cdist(table[part], table).scatter_(-1, part.unsqueeze(-1), torch.inf)
+        return distance.topk(k, largest=False).indices
 
-def _nearest(tokens: Tensor, embeddings: Tensor, k: int) -> Tensor:
-    """tokens [n] -> their k nearest others [n, k]."""
-    table = embeddings.float()
-    distance = torch.cdist(table[tokens], table).scatter_(-1, tokens.unsqueeze(-1), torch.inf)
-    return distance.topk(k, largest=False).indices
+    return torch.cat([nearest(part) for part in tokens.split(chunk)])
 
 
 def _neighbours(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,
     target_probs: Tensor,
-    neighbours: Tensor | None,
-    embeddings: Tensor | None,
+    neighbours: Tensor,
     k: int,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Check the inputs and look up the neighbours [B, N, k] of the drafted tokens."""
     _, _, vocab = check_chain(draft_tokens, draft_probs, target_probs, generator)
     check_knob("k", k, 1)
-    if (neighbours is None) == (embeddings is None):
-        raise ConfigError("give exactly one of neighbours [V, k] and embeddings [V, d]")
-    table = neighbours if embeddings is None else embeddings
-    assert table is not None
-    if table.dim() != 2 or table.shape[0] != vocab or table.shape[1] == 0 or table.device != draft_tokens.device:
+    check_ids("neighbours", neighbours, 2)
+    if neighbours.shape[0] != vocab or neighbours.shape[1] == 0 or neighbours.device != draft_tokens.device:
         raise InputError(
-            f"the codebook table must be [V={vocab}, >=1] on {draft_tokens.device}, "
-            f"not {list(table.shape)} on {table.device}"
+            f"the neighbour table must be [V={vocab}, >=1] on {draft_tokens.device}, "
+            f"not {list(neighbours.shape)} on {neighbours.device}"
         )
-    if neighbours is not None:
-        check_ids("neighbours", neighbours, 2)
-        return neighbours[:, :k][draft_tokens]
-    near = _nearest(draft_tokens.flatten(), table, max(min(k, vocab - 1), 1))
-    return near.unflatten(0, draft_tokens.shape)
+    return neighbours[:, :k][draft_tokens]
 
 
 def _verify(

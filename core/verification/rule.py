@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from torch import Tensor
+
+from polyspec.errors import UnsupportedModelError
 
 GUARANTEES = ("exact", "bounded", "group-exact", "heuristic")
 
@@ -41,14 +44,19 @@ class Rule(Protocol[Args, Result]):
     guarantee: str
     paper: str
     greedy: Callable[..., Any]
+    takes: tuple[str, ...]
 
     def __call__(self, *args: Args.args, **kwargs: Args.kwargs) -> Result: ...
 
 
 def rule(
-    *, guarantee: str, paper: str, greedy: Callable[..., Any] | None = None
+    *, guarantee: str, paper: str, greedy: Callable[..., Any] | None = None, takes: tuple[str, ...] = ()
 ) -> Callable[[Callable[Args, Result]], Rule[Args, Result]]:
-    """Label a function as an acceptance rule; `greedy=None` means that it is its own greedy rule."""
+    """Label a function as an acceptance rule; `greedy=None` means that it is its own greedy rule.
+
+    takes: what it needs of the target beside probabilities, as attributes of the Target; `for_target` hands them over
+    as keyword arguments of the same names.
+    """
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee must be one of {GUARANTEES}, not {guarantee!r}")
 
@@ -57,6 +65,25 @@ def rule(
         labelled.guarantee = guarantee
         labelled.paper = paper
         labelled.greedy = function if greedy is None else greedy
+        labelled.takes = takes
         return cast("Rule[Args, Result]", labelled)
 
     return label
+
+
+def for_target(form: Callable[..., Any], target: Any) -> Callable[..., Any]:
+    """`form`, a rule or a partial of one, with what it takes of `target` filled in, where the caller gave nothing.
+
+    Raises UnsupportedModelError if the target has no such thing.
+    """
+    labelled, given = getattr(form, "func", form), getattr(form, "keywords", {})
+    found = {}
+    for name in getattr(labelled, "takes", ()):
+        if given.get(name) is None:
+            found[name] = getattr(target, name, None)
+            if found[name] is None:
+                raise UnsupportedModelError(
+                    f"{labelled.__name__} needs the target's {name}, and {type(target.model).__name__} has none; "
+                    f"choose another recipe, or give {name}=… to the rule"
+                )
+    return partial(form, **found) if found else form

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from polyspec.errors import CheckpointError, unknown
+from polyspec.modalities.image.codebook import neighbour_table
 from polyspec.target import Guidance, Target, guide_logits
 
 
@@ -31,6 +33,16 @@ class JanusTarget(Target):
     @property
     def vocab_size(self) -> int:
         return self.model.config.vq_config.num_embeddings
+
+    @property
+    def codebook(self) -> Tensor:
+        """What image tokens stand for `[V, d]`: unit vectors, as the model decodes them."""
+        return normalize(self.model.model.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)
+
+    @property
+    def neighbours(self) -> Tensor:
+        """Every image token's nearest others in the codebook, nearest first."""
+        return neighbour_table(self.model, self.codebook)
 
     def prefill(self, tokens: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
         self.guidance = None

@@ -68,7 +68,7 @@ def plain(model: PreTrainedModel, given: dict[str, Tensor], **options: Any) -> A
 
 def refuses(recipe: Recipe, family: str) -> bool:
     """Whether the recipe needs siblings at one position, which takes position ids, and the family has none: it must say so."""
-    if family != "t5" or any(kind in str(recipe.config.loop) for kind in (".Chain", ".Jacobi", ".TreeLoop")):
+    if family != "t5" or any(kind in str(recipe.config.loop) for kind in (".Chain", "Jacobi", ".TreeLoop")):
         return False
     with pytest.raises(polyspec.UnsupportedModelError, match="position ids"):
         run(recipe, target(family), inputs(family, 1))

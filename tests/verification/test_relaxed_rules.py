@@ -80,8 +80,7 @@ def test_lantern_follows_its_formula(seed):
     expected, _ = lantern_law(p, q, neighbour_lists(e, 4), lambda x: 0.3)
     knobs = {"k": 4, "delta": 0.3}
     assert g_test(emitted(v.lantern, q, p, neighbours=v.nearest_neighbours(e, 6), **knobs), expected) > FAILS
-    assert g_test(emitted(v.lantern, q, p, embeddings=e, **knobs), expected) > FAILS
-    assert g_test(emitted(v.lantern, q, p, embeddings=e, **knobs), p) < FAILS  # it is not exact
+    assert g_test(emitted(v.lantern, q, p, neighbours=v.nearest_neighbours(e, 6), **knobs), p) < FAILS  # it is not exact
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -89,7 +88,7 @@ def test_lantern_pp_follows_its_formula(seed):
     p, q = pair(seed)
     e = codebook(seed)
     expected, _ = lantern_law(p, q, neighbour_lists(e, 4), lambda x: 2.0 * float(p[x]))
-    assert g_test(emitted(v.lantern_pp, q, p, embeddings=e, k=4, lam=3.0), expected) > FAILS
+    assert g_test(emitted(v.lantern_pp, q, p, neighbours=v.nearest_neighbours(e, 6), k=4, lam=3.0), expected) > FAILS
 
 
 def hostile_targets():
@@ -127,8 +126,8 @@ def test_lantern_pp_keeps_its_bound_for_every_drafted_token(lam):
 
 def test_without_relaxation_lantern_is_exact():
     p, q = pair(1)
-    assert g_test(emitted(v.lantern, q, p, embeddings=codebook(), k=3, delta=0.0), p) > FAILS
-    assert g_test(emitted(v.lantern_pp, q, p, embeddings=codebook(), k=3, lam=1.0), p) > FAILS
+    assert g_test(emitted(v.lantern, q, p, neighbours=v.nearest_neighbours(codebook(), 3), k=3, delta=0.0), p) > FAILS
+    assert g_test(emitted(v.lantern_pp, q, p, neighbours=v.nearest_neighbours(codebook(), 3), k=3, lam=1.0), p) > FAILS
 
 
 def test_lantern_deterministic_drafts_and_bonus_token():
@@ -141,7 +140,7 @@ def test_lantern_deterministic_drafts_and_bonus_token():
         drafts = torch.full((ROWS // 4, 1), x)
         probs = p.float().expand(ROWS // 4, 2, -1)
         generator = torch.Generator().manual_seed(x)
-        verdict = v.lantern(drafts, None, probs, embeddings=e, k=3, delta=0.4, generator=generator)
+        verdict = v.lantern(drafts, None, probs, neighbours=v.nearest_neighbours(e, 3), k=3, delta=0.4, generator=generator)
         first = torch.where(verdict.accepted > 0, x, verdict.next_token)
         assert g_test(first.bincount(minlength=V), hats[x]) > FAILS
         assert g_test(verdict.next_token[verdict.accepted == 1].bincount(minlength=V), p) > FAILS
@@ -153,7 +152,7 @@ def test_greedy_lantern_accepts_the_argmax_of_the_modified_target():
     p = (1.5 * torch.randn(400, 2, V, generator=generator)).softmax(-1)
     x = torch.randint(V, (400, 1), generator=generator)
     near = neighbour_lists(e, 3)
-    verdict = v.lantern_greedy(x, None, p, embeddings=e, k=3, delta=0.35)
+    verdict = v.lantern_greedy(x, None, p, neighbours=v.nearest_neighbours(e, 3), k=3, delta=0.35)
     for row in range(400):
         _, hats = lantern_law(p[row, 0].double(), p[row, 0].double(), near, lambda _: 0.35)
         token = int(x[row, 0])
@@ -228,18 +227,25 @@ def test_grouped_follows_its_formula(seed, with_codebook):
     expected = law(
         q, lambda x: min(1.0, float(p[clusters[x]].sum() / q[clusters[x]].sum())), lambda x: (p - q).clamp(min=0)
     )
-    counts = emitted(v.grouped, q, p, embeddings=e, size=4, gap=0.1, distance=1.5)
+    counts = emitted(v.grouped, q, p, codebook=e, size=4, gap=0.1, distance=1.5)
     assert g_test(counts, expected) > FAILS
 
 
-def test_grouped_takes_neighbour_lists_too():
+def test_grouped_in_a_window_follows_its_formula():
+    """Every position of a window of drafts that are never rejected before it: the first decides alone."""
     p, q = pair(0)
-    near = v.nearest_neighbours(codebook(), 2)
-    clusters = [[x] + [t for t in gsd_cluster(p, x, None, 4, 0.2, 0)[1:] if t in near[x].tolist()] for x in range(V)]
+    clusters = [gsd_cluster(p, x, codebook(), 4, 0.1, 1.5) for x in range(V)]
     expected = law(
         q, lambda x: min(1.0, float(p[clusters[x]].sum() / q[clusters[x]].sum())), lambda x: (p - q).clamp(min=0)
     )
-    assert g_test(emitted(v.grouped, q, p, neighbours=near, size=4, gap=0.2), expected) > FAILS
+    generator = torch.Generator().manual_seed(0)
+    x = torch.multinomial(q.expand(ROWS, -1), 2, replacement=True, generator=generator)
+    y, kept = v.gsd(
+        x, q.float().expand(ROWS, 2, -1), p.float().expand(ROWS, 3, -1), codebook=codebook(), size=4, gap=0.1,
+        distance=1.5, generator=generator,
+    )  # fmt: skip
+    assert g_test(y[:, 0].bincount(minlength=V), expected) > FAILS
+    assert g_test(y[~kept[:, 0], 1].bincount(minlength=V), p) > FAILS  # behind a rejection: afresh
 
 
 GROUPS = {
@@ -362,11 +368,9 @@ def test_topk_threshold_allows_the_likely_of_the_best():
         (v.typical_acceptance, {"delta": -0.1}),
         (v.threshold_rollback, {"rollback": -1}),
         (v.speculative_cascade, {"alpha": -1}),
-        (v.lantern, {"delta": 2}),
-        (v.lantern, {"k": 0, "embeddings": codebook()}),
-        (v.lantern, {}),
-        (v.lantern, {"embeddings": codebook(), "neighbours": torch.zeros(V, 1, dtype=torch.long)}),
-        (v.lantern_pp, {"lam": 0.5}),
+        (v.lantern, {"delta": 2, "neighbours": torch.zeros(V, 1, dtype=torch.long)}),
+        (v.lantern, {"k": 0, "neighbours": torch.zeros(V, 1, dtype=torch.long)}),
+        (v.lantern_pp, {"lam": 0.5, "neighbours": torch.zeros(V, 1, dtype=torch.long)}),
         (v.cool_sd, {"delta": -1}),
         (v.cool_sd, {"nu": float("nan")}),
         (v.grouped, {"size": 1}),
@@ -385,9 +389,9 @@ def test_knobs_out_of_range_are_refused(rule, knobs):
 @pytest.mark.parametrize(
     "call",
     [
-        partial(v.lantern, embeddings=codebook(vocab=V + 1)),
+        partial(v.lantern, neighbours=torch.zeros(V + 1, 2, dtype=torch.long)),
         partial(v.lantern, neighbours=torch.zeros(V, 2)),
-        partial(v.grouped, embeddings=codebook(vocab=V - 1)),
+        partial(v.grouped, codebook=codebook(vocab=V - 1)),
         partial(v.coarse_grained, groups=v.TokenGroups.from_labels(torch.arange(V + 1))),
     ],
 )
