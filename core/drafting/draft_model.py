@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from polyspec.distributions import fit_vocabulary
 from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError, InputError
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
@@ -94,16 +95,21 @@ class DraftModel:
 
     def root(self) -> Tensor:
         s, target = self.context.sequences, self.draft_target
-        # What this model has not been through: the last committed token, after a fully accepted round the last draft
-        # too, and whatever was decoded plainly meanwhile. Rows that lack less write some slots again, with equal values
-        # (a row that has finished may not even have that many tokens; what it drafts is not looked at).
+        # What this model has not been through: the last committed token, what was accepted of a tree, after a fully
+        # accepted chain the last draft, and whatever was decoded plainly meanwhile. Rows that lack less write some slots
+        # again, with equal values; where they hold too few for that (an unconditional stream may), some behind the end.
         missing = max(n + 1 - min(n, f) for n, f in zip(s.cached, self.fed, strict=True))
         target.rollback(s.cached)
-        target.rollback([max(n + 1 - missing, 0) for n in s.cached])
-        logits = self.logits(s.tail(missing))[:, -1:]
+        again = [min(missing - 1, *target.cache_lengths[row :: s.batch]) for row in range(s.batch)]
+        start = [n - a for n, a in zip(s.cached, again, strict=True)]
+        target.rollback(start)
+        columns = (torch.tensor(start, device=s.device) + s.pad_tensor)[:, None] + torch.arange(
+            missing, device=s.device
+        )
+        logits = self.logits(s.tokens.gather(1, columns.clamp(max=s.limit)))
         self.fed = [n + 1 for n in s.cached]
         target.rollback(self.fed)
-        return logits
+        return take(logits, torch.tensor(again, device=s.device))[:, None]
 
     def level(self, tokens: Tensor, tree: Tree) -> Tensor:
         logits = self.logits(tokens, tree)

@@ -116,28 +116,28 @@ class LikeliestTree(LevelTree):
         self.threshold = threshold
 
     def propose(self, count: int) -> Draft:
-        width = self.most(self.width)
+        children = self.most(self.width)
         scores = self.plant()
         path = scores.new_zeros(len(scores), 1)  # log V of the level's nodes
         expected = scores.new_zeros(len(scores))
         paths, parents, tokens, before, start = [], [], [], -1, 0
         for level in range(count):
             q = self.context.draws.outlook(scores, self.positions())
-            best = q.topk(width)
+            best = q.topk(children)
             log_q = best.values - q.logsumexp(-1, keepdim=True)
             log_q = log_q.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # nothing may follow: last, like what has q = 0
-            path, under, rank = eagle2_expand(path, log_q, max(width, self.nodes))
-            token = best.indices.flatten(1).gather(1, under * width + rank)
+            path, under, rank = eagle2_expand(path, log_q, max(self.width, self.nodes))
+            token = best.indices.flatten(1).gather(1, under * children + rank)
             for found, new in ((paths, path), (parents, under + before), (tokens, token)):
                 found.append(new)
             before, start = start, start + token.shape[1]
             keep, kept_parents, now = opt_tree(torch.cat(paths, 1), torch.cat(parents, 1), self.nodes)
             if level + 1 == count or not self.worth(now - expected, scores):
                 break
-            expected, path = now, path[:, :width]  # sorted: the best go on
-            scores = self.grow(token[:, :width], under[:, :width])
+            expected, path = now, path[:, : self.width]  # sorted: the best go on
+            scores = self.grow(token[:, : self.width], under[:, : self.width])
         self.inner.rollback()
-        tree = Tree(kept_parents, height=min(len(tokens), self.nodes), width=min(width, self.nodes))
+        tree = Tree(kept_parents, height=min(len(tokens), self.nodes), width=min(children, self.nodes))
         return Draft(torch.cat(tokens, 1).gather(1, keep), None, tree)
 
     def worth(self, gain: Tensor, scores: Tensor) -> bool:
@@ -163,7 +163,7 @@ class SampledTree(LevelTree):
     """The shape of at most `nodes` nodes that accepts most, its nodes drawn from `inner(**needs)`.
 
     acceptance_by_rank: how often the first, second, … child of an accepted node is the one accepted, from a run of your
-    own if you can. Raises ConfigError for what are no probabilities, or if the first is 0.
+    own if you can. Raises ConfigError for what are no probabilities, or if all are 0.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class SampledTree(LevelTree):
         ):
             raise ConfigError(f"acceptance_by_rank must be a list of probabilities, got {acceptance_by_rank!r}")
         if sequoia(acceptance_by_rank, self.nodes, 1).size == 0:
-            raise ConfigError("acceptance_by_rank must not begin with 0: nothing would be drafted")
+            raise ConfigError("acceptance_by_rank must not be all 0: nothing would be drafted")
         self.acceptance = tuple(acceptance_by_rank)
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:

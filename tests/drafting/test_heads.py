@@ -23,6 +23,7 @@ from polyspec.target import make_target
 HEADS: dict[str, tuple[type[HeadModel], dict[str, Any]]] = {
     "dflash": (DFlashModel, {"layers": 2, "block": 5, "bridge": True}),
     "eagle": (EagleModel, {}),
+    "eagle2": (EagleModel, {}),
     "medusa": (MedusaModel, {"heads": 4}),
 }
 NEW_TOKENS = 24
@@ -175,7 +176,9 @@ def test_a_folder_that_is_missing_or_damaged_is_a_checkpoint_error(recipe: str, 
         load(tmp_path / "cut")
     other = "medusa" if recipe != "medusa" else "eagle"
     untrained(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(polyspec.CheckpointError, match=rf"polyspec_{other}.*polyspec_{recipe}"):
+    with pytest.raises(
+        polyspec.CheckpointError, match=rf"polyspec_{other}.*{HEADS[recipe][0].config_class.model_type}"
+    ):
         load(tmp_path / "other")
 
 

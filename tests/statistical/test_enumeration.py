@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from zlib import crc32
 
@@ -25,12 +25,23 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import polyspec
+from polyspec.cache import Layout, RaggedCache
 from polyspec.decoding import chain, jacobi
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Independent, Processing
 from polyspec.recipe import Recipe, find_recipe
 from polyspec.target import Guidance, Target, guide_log_probs
-from polyspec.verification import Verdict, gumbel_noise, modified_rejection, sample, scd_mc, sjd, speculative_sampling
+from polyspec.trees import Tree
+from polyspec.verification import (
+    Verdict,
+    gumbel_noise,
+    modified_rejection,
+    sample,
+    scd_mc,
+    sjd,
+    speculative_sampling,
+    walk_recursive,
+)
 from polyspec.verification.block_verification import joint_acceptance
 
 VOCAB, LENGTH, EOS, PAD = 5, 4, 4, 0
@@ -191,7 +202,7 @@ def test_sampled_sequences_have_the_models_distribution_with_a_million_samples(r
     assert p_value(made(recipe, length=4, window=6), "sampled", 1_000_000) > THRESHOLD
 
 
-@pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "scd_mc", "gumbel_jacobi"])
+@pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "sequoia", "scd_mc", "gumbel_jacobi"])
 def test_every_row_of_a_ragged_batch_has_its_own_distribution(name: str) -> None:
     assert p_value(made(name), "sampled", FEWER // 2, prompts=PROMPTS) > THRESHOLD
 
@@ -201,7 +212,7 @@ def test_drafts_behind_which_nothing_is_allowed_leave_the_distribution_alone(nam
     assert p_value(made(name), "constrained", FEWER) > THRESHOLD
 
 
-@pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "sjd", "scd_mc", "scd_gs"])
+@pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "sequoia", "sjd", "scd_mc", "scd_gs"])
 def test_rows_that_advance_together_keep_their_distribution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a model without position ids, but two rows at a time: a cut common to all of them would always be at 0."""
 
@@ -606,6 +617,48 @@ def neighbouring_rows_share_their_noise(patch: pytest.MonkeyPatch) -> polyspec.C
 def the_noise_is_half_as_strong(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
     coupled_noise(patch, lambda seeds, positions, vocab: gumbel_noise(seeds, positions, vocab) / 2)
     return made("jacobi")
+
+
+@wrong()
+def siblings_see_each_other(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    original = RaggedCache.layout
+
+    def causal(self: RaggedCache, new: int, tree: Tree | None, device: torch.device) -> Layout:
+        at = original(self, new, tree, device)
+        slots = at.base + (0 if tree is None else tree.size + 1 - new) + torch.arange(new)
+        return replace(at, visible=torch.arange(self.longest + new) <= slots[..., None])
+
+    patch.setattr(RaggedCache, "layout", causal)
+    return made("sequoia")
+
+
+@wrong()
+def siblings_already_drawn_stay_in_q(_: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    return with_rule("sequoia", walk=partial(walk_recursive, replacement=True))
+
+
+def drawn_siblings(patch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]) -> polyspec.CustomGenerate:
+    """Sequoia with other children: `change(tokens drawn, scores)`."""
+    original = Independent.candidates
+
+    def candidates(self: Independent, scores: Tensor, positions: Tensor, count: int) -> Tensor:
+        return change(original(self, scores, positions, count), scores)
+
+    patch.setattr(Independent, "candidates", candidates)
+    return made("sequoia")
+
+
+@wrong()
+def the_likeliest_siblings_pass_for_drawn_ones(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    return drawn_siblings(patch, lambda drawn, scores: scores.topk(drawn.shape[-1]).indices)
+
+
+@wrong()
+def siblings_are_tried_likeliest_first(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    def change(drawn: Tensor, scores: Tensor) -> Tensor:
+        return drawn.gather(-1, scores.gather(-1, drawn).argsort(-1, descending=True))
+
+    return drawn_siblings(patch, change)
 
 
 @wrong()
