@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,9 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polyspec.drafting.heads import TokenLayers
 from polyspec.errors import ConfigError
+from polyspec.pipelines import load
 from polyspec.target import Target
 from polyspec.training.data import Corpus
 from polyspec.training.features import Features
@@ -198,15 +201,15 @@ def train_head(
         dataloader_pin_memory=target.device.type != "cpu",
     )
     target.model.requires_grad_(False)
+    if last is not None:  # before anything is derived from the head: what it predicts is stored with it
+        load(lambda file: load_model(model, str(file), strict=False), Path(last) / SAFE_WEIGHTS_NAME)
     layers = TokenLayers(target, getattr(model, "vocab_map", None))
     trainer = HeadTrainer(
         model.float().train(), objective, layers, clock, args=arguments, train_dataset=Rows(corpus, features)
     )
     trainer.remove_callback(PrinterCallback)
     done = 0 if last is None else int(last.rpartition("-")[2])
-    if last is not None and schedule.spent(done, clock.before) >= 1:
-        trainer._load_from_checkpoint(last)
-    else:
+    if last is None or schedule.spent(done, clock.before) < 1:
         trainer.train(resume_from_checkpoint=last)
         done = trainer.state.global_step
     model.to(low).eval().save_pretrained(output)  # type: ignore[call-overload]
