@@ -50,7 +50,7 @@ def decode(
     drafter = method.drafter()
     drafter.check(target)
     if hasattr(method.loop, "check"):
-        method.loop.check(target)
+        method.loop.check(target, drafter)
     target.hidden_layers = tuple(drafter.hidden_layers)
     prompt = sequences.tokens[:, : sequences.prompt_length]
     mask = None

@@ -21,6 +21,8 @@ def show(config: Any) -> None:
         details = [f"for {', '.join(r.modalities)}"]
         if r.needs:
             details.append(f"needs {', '.join(r.needs)}")
+        if r.takes:
+            details.append(f"takes {', '.join(r.takes)}")
         if r.knobs:
             details.append("knobs " + ", ".join(f"{k}={v}" for k, v in r.knobs.items()))
         table.add_row(r.name, r.guarantee, r.paper or "-", f"{r.summary}\n[dim]{'; '.join(details)}[/dim]")

@@ -23,7 +23,7 @@ from polyspec.errors import ConfigError, PolyspecError, unknown
 
 GUARANTEES = ("exact", "bounded", "group-exact", "heuristic")
 DESCRIPTION = ("name", "paper", "guarantee", "summary", "modalities")
-STRUCTURE = (*DESCRIPTION, "draws", "needs", "loop", "drafter")
+STRUCTURE = (*DESCRIPTION, "draws", "needs", "takes", "loop", "drafter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,11 @@ class Recipe:
     def needs(self) -> tuple[str, ...]:
         """What the user must hand over: `draft_model`, `heads`, `datastore`, …"""
         return tuple(self.config.get("needs", ()))
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What the user may hand over beside; without it the recipe runs with no drafter."""
+        return tuple(self.config.get("takes", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +142,12 @@ def build(recipe: Recipe, overrides: Mapping[str, Any]) -> Method:
     from hydra.errors import HydraException
     from hydra.utils import instantiate
 
-    objects = {k: v for k, v in overrides.items() if k in recipe.needs}
-    knobs = {k: v for k, v in overrides.items() if k not in recipe.needs}
+    handed = (*recipe.needs, *recipe.takes)
+    objects = {k: v for k, v in overrides.items() if k in handed and v is not None}
+    knobs = {k: v for k, v in overrides.items() if k not in handed}
     for key in knobs:
         if key not in recipe.knobs:
-            raise unknown(f"knob of recipe {recipe.name}", key, (*recipe.knobs, *recipe.needs, "seed"))
+            raise unknown(f"knob of recipe {recipe.name}", key, (*recipe.knobs, *handed, "seed"))
     for need in recipe.needs:
         if objects.get(need) is None:
             raise ConfigError(f"recipe {recipe.name!r} needs {need}=…; {NEEDS.get(need, 'see its documentation')}")
@@ -152,7 +158,8 @@ def build(recipe: Recipe, overrides: Mapping[str, Any]) -> Method:
         plain = OmegaConf.to_container(root.recipe, resolve=True)
         assert isinstance(plain, dict)
         loop = instantiate(plain["loop"], _convert_="all")
-        drafter = instantiate(plain.get("drafter", {"_target_": "polyspec.drafting.NoDraft", "_partial_": True}))
+        drafts = "drafter" in plain and (bool(objects) or not recipe.takes)
+        drafter = instantiate(plain["drafter"] if drafts else NO_DRAFTER)
         named = "length" if "length" in knobs or "window" not in recipe.knobs else "window"
         length = make_length(plain.get("length", 1), named)
         made = drafter(**objects)
@@ -166,6 +173,7 @@ def build(recipe: Recipe, overrides: Mapping[str, Any]) -> Method:
     return Method(recipe, loop, lambda: copy(made), length, plain.get("draws", "independent"))
 
 
+NO_DRAFTER = {"_target_": "polyspec.drafting.NoDraft", "_partial_": True}
 NEEDS = {
     "draft_model": "a smaller transformers model with the target's tokenizer, or the folder of one",
     "heads": "trained draft heads, or the folder that `polyspec task=train` wrote",

@@ -54,12 +54,13 @@ KNOBS = {"length": 4, "window": 6}
 
 def overrides(recipe: Recipe, model: PreTrainedModel, noise: float = 0.1, **knobs: Any) -> dict[str, Any]:
     """Arguments of `custom_generate` for a run of `recipe` on `model`; fails the test if a need cannot be supplied."""
-    missing = [need for need in recipe.needs if need not in NEEDS]
+    needs = [*recipe.needs, *(recipe.takes if knobs.get("init") == "drafter" else ())]
+    missing = [need for need in needs if need not in NEEDS]
     if missing:
         pytest.fail(f"recipe {recipe.name} needs {missing}: add how to make it to tests/recipe_needs.py")
     chosen = {**KNOBS, **knobs}
     return {
-        **{need: NEEDS[need](recipe, model, noise) for need in recipe.needs},
+        **{need: NEEDS[need](recipe, model, noise) for need in needs},
         **{knob: value for knob, value in chosen.items() if knob in recipe.knobs},
     }
 

@@ -40,7 +40,9 @@ class Count:
         self.calls += 1
 
 
-def generate(recipe: str = "autoregressive", *, model: Any = None, ids: Any = IDS, knobs: Any = None, **options: Any) -> Any:
+def generate(
+    recipe: str = "autoregressive", *, model: Any = None, ids: Any = IDS, knobs: Any = None, **options: Any
+) -> Any:
     """`model.generate(ids, custom_generate=<recipe>)`; the model must not have run when it raises."""
     model = target("llama") if model is None else model
     count = Count(model)
@@ -98,13 +100,25 @@ X = torch.tensor([[1, 2]])
 
 KNOBS: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
     # -- names, with the nearest valid ones
-    "an unknown recipe": (lambda: polyspec.custom_generate("speculative_samplng"), ConfigError, "'speculative_sampling'"),
+    "an unknown recipe": (
+        lambda: polyspec.custom_generate("speculative_samplng"),
+        ConfigError,
+        "'speculative_sampling'",
+    ),
     "no recipe like it": (lambda: polyspec.custom_generate("zzzzzz"), ConfigError, "choose one of: "),
     "an unknown knob": (lambda: polyspec.custom_generate("sjd", windw=3), ConfigError, "'window'"),
-    "a knob of another recipe": (lambda: polyspec.custom_generate("sjd", max_ngram=3), ConfigError, "knob of recipe sjd"),
+    "a knob of another recipe": (
+        lambda: polyspec.custom_generate("sjd", max_ngram=3),
+        ConfigError,
+        "knob of recipe sjd",
+    ),
     "an unknown modality": (lambda: polyspec.recipes("imagee"), ConfigError, "'image'"),
     "a pipeline of an unknown modality": (lambda: polyspec.pipeline("txt"), ConfigError, "'text'"),
-    "an unknown length policy": (lambda: polyspec.custom_generate("prompt_lookup", length="auot"), ConfigError, "'auto'"),
+    "an unknown length policy": (
+        lambda: polyspec.custom_generate("prompt_lookup", length="auot"),
+        ConfigError,
+        "'auto'",
+    ),
     "an unknown initialisation": (lambda: polyspec.custom_generate("sjd", init="lefft"), ConfigError, "'left'"),
     "a recipe of another modality": (
         lambda: polyspec.pipeline("image", recipe="lookahead"),
@@ -114,10 +128,26 @@ KNOBS: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
     # -- knobs out of range
     "length 0": (lambda: polyspec.custom_generate("prompt_lookup", length=0), ConfigError, "must be a whole number"),
     "length -1": (lambda: polyspec.custom_generate("prompt_lookup", length=-1), ConfigError, "must be a whole number"),
-    "length 1.5": (lambda: polyspec.custom_generate("prompt_lookup", length=1.5), ConfigError, "must be a whole number"),
-    "length True": (lambda: polyspec.custom_generate("prompt_lookup", length=True), ConfigError, "must be a whole number"),
-    "length x": (lambda: polyspec.custom_generate("prompt_lookup", length="x"), ConfigError, "unknown length policy 'x'"),
-    "length None": (lambda: polyspec.custom_generate("prompt_lookup", length=None), ConfigError, "must be a whole number"),
+    "length 1.5": (
+        lambda: polyspec.custom_generate("prompt_lookup", length=1.5),
+        ConfigError,
+        "must be a whole number",
+    ),
+    "length True": (
+        lambda: polyspec.custom_generate("prompt_lookup", length=True),
+        ConfigError,
+        "must be a whole number",
+    ),
+    "length x": (
+        lambda: polyspec.custom_generate("prompt_lookup", length="x"),
+        ConfigError,
+        "unknown length policy 'x'",
+    ),
+    "length None": (
+        lambda: polyspec.custom_generate("prompt_lookup", length=None),
+        ConfigError,
+        "must be a whole number",
+    ),
     "window 0": (lambda: polyspec.custom_generate("sjd", window=0), ConfigError, "window must be"),
     "max_ngram 0": (lambda: polyspec.custom_generate("prompt_lookup", max_ngram=0), ConfigError, "max_ngram"),
     "a threshold out of range": (
@@ -135,7 +165,11 @@ KNOBS: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
         "minimum",
     ),
     # -- what a recipe needs
-    "a missing draft model": (lambda: polyspec.custom_generate("speculative_sampling"), ConfigError, "needs draft_model="),
+    "a missing draft model": (
+        lambda: polyspec.custom_generate("speculative_sampling"),
+        ConfigError,
+        "needs draft_model=",
+    ),
     "a draft model that is no model": (
         lambda: polyspec.custom_generate("speculative_sampling", draft_model=42),
         ConfigError,
@@ -160,6 +194,16 @@ RUNS: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
     "no rows": (lambda: generate(ids=torch.empty(0, 3, dtype=torch.long)), InputError, "the prompt is empty"),
     "a token id too large": (lambda: generate(ids=IDS + VOCAB), InputError, f"the model knows 0 … {VOCAB - 1}"),
     "a negative token id": (lambda: generate(ids=IDS - 6), InputError, "token id -1"),
+    "a window that starts from a drafter without heads": (
+        lambda: generate("sjd", knobs={"init": "drafter"}),
+        ConfigError,
+        "init='drafter' needs heads=",
+    ),
+    "a rule that needs a codebook on a text model": (
+        lambda: generate("gsd"),
+        UnsupportedModelError,
+        "needs the target's codebook",
+    ),
     "a row that is all padding": (
         lambda: generate(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
         InputError,
@@ -241,7 +285,11 @@ RUNS: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
 }
 
 RULES: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
-    "p of the wrong length": (lambda: speculative_sampling(X, None, P[:, :2]), InputError, "target_probs must be [B, N+1, V]"),
+    "p of the wrong length": (
+        lambda: speculative_sampling(X, None, P[:, :2]),
+        InputError,
+        "target_probs must be [B, N+1, V]",
+    ),
     "q of the wrong shape": (lambda: speculative_sampling(X, P, P), InputError, "draft_probs must be [1, 2, 5]"),
     "p of whole numbers": (lambda: block_verification(X, None, P.long()), InputError, "must be floating point"),
     "tokens that are no integers": (lambda: speculative_sampling(X.float(), None, P), InputError, "must be torch.long"),
@@ -291,7 +339,9 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_draft_model_is_refused_by_name_before_anything_runs(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_draft_model_is_refused_by_name_before_anything_runs(
+    damage: str, checkpoint: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     DAMAGE[damage](folder)
@@ -305,7 +355,9 @@ def test_a_draft_model_can_be_a_folder(checkpoint: Path) -> None:
     for source in (checkpoint, str(checkpoint)):
         fast = polyspec.custom_generate("speculative_sampling", draft_model=source, length=3)
         expected = target("llama").generate(IDS, do_sample=False, max_new_tokens=8)
-        assert torch.equal(target("llama").generate(IDS, do_sample=False, max_new_tokens=8, custom_generate=fast), expected)
+        assert torch.equal(
+            target("llama").generate(IDS, do_sample=False, max_new_tokens=8, custom_generate=fast), expected
+        )
         assert fast.stats.draft_calls > 0
 
 
@@ -345,7 +397,10 @@ def test_processors_that_rule_out_every_token_are_reported() -> None:
     for recipe in ("autoregressive", "sjd"):
         with pytest.raises(InputError, match="logits processors"):
             target("llama").generate(
-                IDS, max_new_tokens=4, logits_processor=[nothing], custom_generate=polyspec.custom_generate(recipe, seed=0)
+                IDS,
+                max_new_tokens=4,
+                logits_processor=[nothing],
+                custom_generate=polyspec.custom_generate(recipe, seed=0),
             )
 
 

@@ -23,7 +23,7 @@ class Chain:
     def __init__(self, verifier: Callable[..., Verdict]):
         self.verifier = verifier
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, drafter: Drafter) -> None:
         """UnsupportedModelError if the verifier needs something that `target` lacks."""
         for_target(self.verifier, target)
 

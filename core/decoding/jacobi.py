@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from polyspec.decoding.chain import fewest
-from polyspec.drafting.base import Context, Drafter
+from polyspec.drafting.base import Context, Draft, Drafter, NoDraft
 from polyspec.errors import ConfigError, unknown
 from polyspec.target import Target
 from polyspec.verification import Verdict
@@ -23,48 +23,78 @@ from polyspec.verification.rule import for_target
 
 
 class Initialisation(Protocol):
-    """Tokens for window positions that have not been scored yet. Derive from it: `check` has a default."""
+    """What window positions that have not been scored yet start from. Derive from it: `check` has a default."""
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, drafter: Drafter) -> None:
         """ConfigError if windows cannot be started so on `target`."""
 
-    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
         """Tokens `[B, W]` for positions `context.sequences.lengths + offset` (`offset [B, W]`, from 0), all of them
-        computed though only new positions are used. guess `[B, W]` repeats each row's last window token."""
+        computed though only new positions are used, and what they were drawn from (None: they are certain).
+        guess `[B, W]` repeats each row's last window token."""
         ...
 
 
 class RepeatLeft(Initialisation):
     """The token to the left: on flat image regions, and where nothing better is known."""
 
-    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
-        return guess
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
+        return Draft(guess)
 
 
 class RandomTokens(Initialisation):
     """Uniformly random tokens, as in the paper's first variant; the same in every run that got as far the same way."""
 
-    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
         generator = torch.Generator().manual_seed(sum(context.sequences.lengths))
-        return torch.randint(0, context.target.vocab_size, guess.shape, generator=generator).to(guess.device)
+        return Draft(torch.randint(0, context.target.vocab_size, guess.shape, generator=generator).to(guess.device))
 
 
 class RepeatAbove(Initialisation):
     """The token one image row above, which is committed; the left neighbour in the first row."""
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, drafter: Drafter) -> None:
         if target.row_width is None:
             raise ConfigError("init='above' needs a target whose tokens form image rows; use 'left' or 'random'")
 
-    def __call__(self, context: Context, guess: Tensor, offset: Tensor) -> Tensor:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
         s = context.sequences
         assert context.target.row_width is not None
         above = s.length_tensor[:, None] + offset - context.target.row_width
         known = (above >= s.prompt_length) & (above < s.length_tensor[:, None])
-        return torch.where(known, s.tokens.gather(1, above.clamp(0, s.limit)), guess)
+        return Draft(torch.where(known, s.tokens.gather(1, above.clamp(0, s.limit)), guess))
 
 
-INITIALISATIONS: dict[str, type[Initialisation]] = {"left": RepeatLeft, "above": RepeatAbove, "random": RandomTokens}
+class FromDrafter(Initialisation):
+    """Draws from a drafter, the block drafter say, which sees what is committed; where it does not reach, the token to
+    the left. A window then begins with real distributions rather than one-hot guesses (after 2606.20543)."""
+
+    def check(self, target: Target, drafter: Drafter) -> None:
+        if isinstance(drafter, NoDraft):
+            raise ConfigError("init='drafter' needs heads=…, trained draft heads; without them use 'left' or 'above'")
+
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
+        if guess.shape[1] == 0:
+            return Draft(guess)
+        draft = drafter.propose(guess.shape[1])
+        rest = guess[:, draft.tokens.shape[1] :]
+        tokens = torch.cat([draft.tokens, rest], dim=1)
+        if draft.probs is None:
+            return Draft(tokens)
+        return Draft(tokens, torch.cat([draft.probs, one_hot(rest, draft.probs)], dim=1))
+
+
+def one_hot(tokens: Tensor, like: Tensor) -> Tensor:
+    """Distributions `[B, T, V]` of certain tokens `[B, T]`, in the dtype of `like [.., V]`."""
+    return like.new_zeros(*tokens.shape, like.shape[-1]).scatter_(-1, tokens[..., None], 1.0)
+
+
+INITIALISATIONS: dict[str, type[Initialisation]] = {
+    "left": RepeatLeft,
+    "above": RepeatAbove,
+    "random": RandomTokens,
+    "drafter": FromDrafter,
+}
 
 
 class Jacobi:
@@ -82,10 +112,10 @@ class Jacobi:
         self.rule = rule
         self.init = init
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, drafter: Drafter) -> None:
         """ConfigError if windows cannot be started on `target` as asked, UnsupportedModelError if the rule needs
         something that it lacks."""
-        self.init.check(target)
+        self.init.check(target, drafter)
         for_target(self.rule, target)
 
     def run(self, context: Context, drafter: Drafter) -> None:
@@ -98,7 +128,7 @@ class Jacobi:
         while not sequences.finished:
             width = max(0, min(context.length.next(), sequences.remaining - 1))
             with stats.timed("draft"):
-                x, q = self.slide(context, y, p, shift, width)
+                x, q = self.slide(context, drafter, y, p, shift, width)
             with stats.timed("target"):
                 output = target.forward(torch.cat([sequences.tail(1), x], dim=1))
             with stats.timed("verify"):
@@ -110,27 +140,31 @@ class Jacobi:
                 verdict = Verdict(shift, y.gather(1, shift[:, None])[:, 0])
                 gained = sequences.commit(x, verdict, scores.amax(-1))
                 target.rollback(sequences.cached)
+            with stats.timed("draft"):
+                drafter.observe(output.hidden, shift)
             stats.record(width, gained)
             context.length.observe(width, gained, stats)
 
     def slide(
-        self, context: Context, y: Tensor, p: Tensor | None, shift: Tensor, width: int
+        self, context: Context, drafter: Drafter, y: Tensor, p: Tensor | None, shift: Tensor, width: int
     ) -> tuple[Tensor, Tensor | None]:
-        """The next window `x [B, width]` and the distributions `q [B, width, V]` it was drawn from (one-hot where new).
+        """The next window `x [B, width]` and the distributions `q [B, width, V]` it was drawn from.
 
-        Row b's window moves on by `shift[b] + 1`: what was refined behind the commit point stays, with q := p.
+        Row b's window moves on by `shift[b] + 1`: what was refined behind the commit point stays, with q := p; new
+        positions start from `init`. q is None if all of it is certain.
         """
         offset = torch.arange(width, device=y.device).expand(len(y), -1)
         source = offset + shift[:, None] + 1
         last = y.shape[1] - 1
         guess = y.gather(1, source.clamp(max=last))
-        fresh = source > last
-        x = torch.where(fresh, self.init(context, guess, offset), guess)
         # a prompt's last token need not be one that can be drawn (an image model's begin-of-image, say)
-        x = x.clamp(0, context.target.vocab_size - 1)
+        guess = guess.clamp(0, context.target.vocab_size - 1)
+        start = self.init(context, drafter, guess, offset)
+        fresh = source > last
+        x = torch.where(fresh, start.tokens, guess).clamp(0, context.target.vocab_size - 1)
         if p is None:
-            return x, None
+            return x, start.probs  # the first window is all new
         q = p.gather(1, source.clamp(max=last)[..., None].expand(-1, -1, p.shape[-1]))
-        fresh = fresh | q[..., 0].isnan()  # behind drafts that the processors rule out nothing could be drawn
-        one_hot = fresh[..., None] & (torch.arange(p.shape[-1], device=y.device) == x[..., None])
-        return x, torch.where(fresh[..., None], one_hot.to(q.dtype), q)
+        new = one_hot(x, q) if start.probs is None else start.probs
+        # behind drafts that the processors rule out nothing could be drawn
+        return x, torch.where(fresh[..., None], new, torch.where(q[..., :1].isnan(), one_hot(x, q), q))

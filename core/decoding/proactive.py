@@ -23,6 +23,7 @@ from torch import Tensor
 
 from polyspec.decoding.chain import fewest
 from polyspec.decoding.jacobi import Initialisation, Jacobi
+from polyspec.decoding.tree import along
 from polyspec.drafting.base import Context, Draft, Drafter
 from polyspec.lengths import positive
 from polyspec.trees import Tree, chain
@@ -58,7 +59,7 @@ class ProactiveJacobi(Jacobi):
         while not sequences.finished:
             width = max(0, min(context.length.next(), sequences.remaining - 1))
             with stats.timed("draft"):
-                x, q = self.slide(context, y, p, shift, width)
+                x, q = self.slide(context, drafter, y, p, shift, width)
                 levels = 0 if q is None or target.lockstep or self.branches == 1 else min(self.depth, width)
                 shape = branching(width, self.branches, levels).to(x.device)
                 tree = shape.forwarded if shape.side else None
@@ -91,6 +92,8 @@ class ProactiveJacobi(Jacobi):
                 if shape.side:
                     target.keep_path(offsets[:, : max(gained)])
                 target.rollback(sequences.cached)
+            with stats.timed("draft"):
+                drafter.observe(along(output.hidden, offsets[:, : max(gained)]), shift)
             stats.record(width, gained, tokens.shape[1])
             context.length.observe(width, gained, stats)
 

@@ -27,8 +27,10 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 import polyspec
 from polyspec.cache import Layout, RaggedCache
 from polyspec.decoding import chain, jacobi
+from polyspec.decoding.proactive import ProactiveJacobi
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Independent, Processing
+from polyspec.drafting import Draft
 from polyspec.recipe import Recipe, find_recipe
 from polyspec.target import Guidance, Target, guide_log_probs
 from polyspec.trees import Tree
@@ -189,6 +191,13 @@ def test_sampled_sequences_have_the_guided_distribution_in_every_loop(recipe: Re
     assert p_value(made(recipe), "guided", FEWER) > THRESHOLD
 
 
+@by_name([r for r in EXACT if "init" in r.knobs and r.config.draws == "independent"])
+def test_sampled_sequences_have_the_models_distribution_where_windows_start_from_a_drafter(recipe: Recipe) -> None:
+    fast = made(recipe, init="drafter")
+    assert p_value(fast, "guided", FEWER) > THRESHOLD
+    assert partly_accepted(fast)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "sampled"])
 @by_name(EXACT)
@@ -202,7 +211,9 @@ def test_sampled_sequences_have_the_models_distribution_with_a_million_samples(r
     assert p_value(made(recipe, length=4, window=6), "sampled", 1_000_000) > THRESHOLD
 
 
-@pytest.mark.parametrize("name", ["speculative_sampling", "block_verification", "sequoia", "scd_mc", "gumbel_jacobi"])
+@pytest.mark.parametrize(
+    "name", ["speculative_sampling", "block_verification", "sequoia", "scd_mc", "sjd_pac", "gumbel_jacobi"]
+)
 def test_every_row_of_a_ragged_batch_has_its_own_distribution(name: str) -> None:
     assert p_value(made(name), "sampled", FEWER // 2, prompts=PROMPTS) > THRESHOLD
 
@@ -683,6 +694,33 @@ def history_dependent_processors_see_the_committed_tokens_only(patch: pytest.Mon
     original = Sequences.prefixes
     patch.setattr(Sequences, "prefixes", lambda self, drafted: original(self, drafted[:, :0]))
     return made("prompt_lookup")
+
+
+@wrong()
+def a_window_keeps_its_guess_but_claims_the_drafters_distribution(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    original = jacobi.FromDrafter.__call__
+
+    def guessed(self: Any, context: Any, drafter: Any, guess: Tensor, offset: Tensor) -> Draft:
+        return Draft(guess, original(self, context, drafter, guess, offset).probs)
+
+    patch.setattr(jacobi.FromDrafter, "__call__", guessed)
+    return made("sjd", init="drafter")
+
+
+@wrong()
+def a_windows_siblings_are_verified_as_if_drawn_with_replacement(_: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    return with_rule("sjd_pac", rule=scd_mc, walk=partial(walk_recursive, replacement=True))
+
+
+@wrong()
+def a_windows_siblings_are_not_drawn_from_the_stored_distribution(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    original = ProactiveJacobi.children
+
+    def flat(context: Any, weights: Tensor, count: int) -> Tensor:
+        return original(context, (weights > 0).float(), count)
+
+    patch.setattr(ProactiveJacobi, "children", staticmethod(flat))
+    return made("sjd_pac")
 
 
 @pytest.mark.parametrize("name", WRONG)
