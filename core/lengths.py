@@ -168,7 +168,9 @@ class Auto(Fixed):
 
     Acceptance is learnt online, per position in the draft: a discounted count of how often position i was kept given
     that everything before it was. The target's cost of 1, 2, 4, … tokens is measured once a model; the drafter's is
-    taken as it runs, relative to the target's in the same round. Expected tokens of length n: 1 + Σ_{i≤n} Π_{j≤i} α_j.
+    taken as it runs, relative to the target's in the same round. How many tokens a draft of length n makes the target
+    score is seen as it runs too: n of a chain, all nodes of a tree that deep. Expected tokens of length n:
+    1 + Σ_{i≤n} Π_{j≤i} α_j.
     While zero wins, one short draft is tried now and then, at intervals that double, so that a workload that turns
     predictable is noticed.
 
@@ -183,33 +185,34 @@ class Auto(Fixed):
         self.decay = decay
         self.kept, self.tried = np.zeros(self.length), np.zeros(self.length)
         self.draft = np.zeros(5)  # discounted sums of 1, n, n², cost, n·cost over rounds with a draft
+        self.scored = np.zeros(self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
 
     def begin(self, context: Context) -> None:
         self.context = context
         self.nominal = context.draws.fixed_rounds
-        self.curve: np.ndarray | None = 1 + NOMINAL_CALL * np.arange(self.length + 1) if self.nominal else None
+        self.costs: dict[int, float] | None = {1: 1.0, 1001: 1 + 1000 * NOMINAL_CALL} if self.nominal else None
         if self.nominal:
-            self.kept, self.tried, self.draft = (np.zeros_like(x) for x in (self.kept, self.tried, self.draft))
+            learnt = (self.kept, self.tried, self.draft, self.scored)
+            self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
         else:  # what earlier runs taught is a start, worth ten rounds at most; in place, for a run's copy shares it
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft):
                 learnt *= trust
-        self.before = (0.0, 0.0)
+        self.before = (0.0, 0.0, 0, 0)
         self.pause, self.wait = 0, 4
 
     def next(self) -> int:
         stats = self.context.stats
-        self.before = (stats.draft_seconds, stats.target_seconds)
-        if self.curve is None:
-            costs = call_costs(self.context, self.length + 1)
-            sizes = sorted(costs)
-            self.curve = np.interp(np.arange(1, self.length + 2), sizes, [costs[n] for n in sizes])
+        self.before = (stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls)
+        if self.costs is None:
+            self.costs = call_costs(self.context, self.length + 1)
         if self.pause > 0:
             self.pause -= 1
             return 0
         count = np.arange(self.length + 1)
         tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(self.acceptance()))])
-        best = int(np.argmax(tokens / (self.curve + np.where(count > 0, self.draft_cost(count), 0.0))))
+        cost = self.call_cost(1 + self.tokens_scored(count)) + np.where(count > 0, self.draft_cost(count), 0.0)
+        best = int(np.argmax(tokens / cost))
         if best == 0:
             self.pause, self.wait = self.wait, min(self.wait * 2, 256)
             return 1
@@ -220,6 +223,23 @@ class Auto(Fixed):
         """α_i of every position: its own rate, drawn to the rate of all (0.7 before anything is known)."""
         common = (self.kept.sum() + 0.7) / (self.tried.sum() + 1)
         return (self.kept + 2 * common) / (self.tried + 2)
+
+    def tokens_scored(self, count: np.ndarray) -> np.ndarray:
+        """Drafted tokens that the target scores for a draft of length `count`: as seen, else in proportion to what was
+        seen of the nearest length."""
+        seen = np.flatnonzero(self.scored)
+        if not len(seen):
+            return count.astype(float)
+        nearest = seen[np.abs(seen[None, :] - count[:, None]).argmin(1)]
+        return np.where(count > 0, self.scored[nearest] * count / nearest, 0.0)
+
+    def call_cost(self, tokens: np.ndarray) -> np.ndarray:
+        """Cost of a target call of `tokens` tokens: straight lines through what was measured, and on from there."""
+        assert self.costs is not None
+        sizes = sorted(self.costs)
+        seconds = [self.costs[n] for n in sizes]
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        return np.interp(tokens, sizes, seconds) + slope * np.maximum(tokens - sizes[-1], 0)
 
     def draft_cost(self, count: np.ndarray) -> np.ndarray:
         """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
@@ -236,10 +256,13 @@ class Auto(Fixed):
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
         accepted = np.array([g - 1 for g in gained if g])
         reach = min(proposed, self.length)
-        if not reach or self.curve is None or not len(accepted):
+        if not reach or self.costs is None or not len(accepted):
             return
-        drafting, scoring = stats.draft_seconds - self.before[0], stats.target_seconds - self.before[1]
-        cost = drafting / max(scoring, 1e-9) * self.curve[reach]
+        now = (stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls)
+        drafting, scoring, scored, calls = (new - old for new, old in zip(now, self.before, strict=True))
+        scored = scored / calls if calls else float(reach)
+        self.scored[reach] = scored
+        cost = drafting / max(scoring, 1e-9) * float(self.call_cost(np.array([1.0 + scored]))[0])
         self.draft *= self.decay
         self.draft += [1.0, reach, reach**2, cost, reach * cost]
         position = np.arange(reach)[:, None]
