@@ -8,6 +8,7 @@ where they do. A `Draws` then picks tokens from scores, for drafter and target a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,11 +46,29 @@ def is_history_free(processor: LogitsProcessor) -> bool:
     return getattr(processor, "history_free", type(processor) in HISTORY_FREE)
 
 
-class Processing:
-    """Applies a `LogitsProcessorList` over drafted prefixes, in order. Scores are float32."""
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Which tokens a position may hold, by the position alone: the i-th new token of a row (from 0) is one of set
+    `kinds[i]`, behind the last entry one of the last. sets `[K, V]` bool; kinds `[L]` long."""
 
-    def __init__(self, processors: LogitsProcessorList | Sequence[LogitsProcessor] = ()):
+    sets: Tensor
+    kinds: Tensor
+
+    def allowed(self, index: Tensor) -> Tensor:
+        """`[B, T, V]` bool for the new tokens `index [B, T]`."""
+        return self.sets[self.kinds[index.clamp(max=len(self.kinds) - 1)]]
+
+
+class Processing:
+    """Applies a constraint, then a `LogitsProcessorList` over drafted prefixes, in order. Scores are float32.
+
+    Target and drafter are scored by the same object, so a constraint holds for p and q alike."""
+
+    def __init__(
+        self, processors: LogitsProcessorList | Sequence[LogitsProcessor] = (), constraint: Constraint | None = None
+    ):
         self.processors = [(p, is_history_free(p)) for p in processors]
+        self.constraint = constraint
         self.history_free = all(free for _, free in self.processors)
 
     def scores(
@@ -59,6 +78,11 @@ class Processing:
         `drafts[:, :first + t]`; with a tree, the ancestors of its node first + t (0: the root) among the drafts."""
         batch, width, vocab = logits.shape
         scores = logits.to(torch.float32, copy=bool(self.processors))
+        if self.constraint is not None:
+            begun = (sequences.length_tensor - sequences.prompt_length)[:, None]
+            ahead = torch.arange(first, first + width, device=logits.device)
+            index = begun + (ahead if tree is None else tree.depth[..., first : first + width])
+            scores = scores.masked_fill(~self.constraint.allowed(index), float("-inf"))
         for processor, free in self.processors:
             if free:
                 # such a processor may check the batch size of the ids, but not read them
@@ -123,6 +147,39 @@ class Draws(Protocol):
         ...
 
 
+class SharedNoise:
+    """Gumbel noise by (row seed, position, token), which drafter and target, and one round and the next, ask for again.
+
+    seeds `[B]` long. On a CPU, where noise costs more than looking it up, as many positions a row are remembered as the
+    widest request had.
+    """
+
+    def __init__(self, seeds: Tensor):
+        self.seeds = seeds
+        self.known = torch.empty(0, 0, dtype=torch.long)  # [B, C] the position that each slot holds
+        self.noise = torch.empty(0, 0, 0)  # [B, C, V]
+
+    def __call__(self, positions: Tensor, vocab: int) -> Tensor:
+        """Noise `[B, T, vocab]` for absolute positions `[B, T]`; a tensor of the caller's own."""
+        rows, width = positions.shape
+        if positions.device.type != "cpu" or not width:
+            return gumbel_noise(self.seeds, positions, vocab)
+        if self.known.shape[1] < width or self.noise.shape[2] != vocab:
+            self.known = torch.full((rows, width), -1)
+            self.noise = torch.empty(rows, width, vocab)
+        slots = self.known.shape[1]
+        if bool((positions.amax(1) - positions.amin(1) >= slots).any()):  # two of them would share a slot
+            return gumbel_noise(self.seeds, positions, vocab)
+        slot, row = positions % slots, torch.arange(rows)[:, None]
+        missing = self.known.gather(1, slot) != positions
+        if bool(missing.any()):
+            r, column = missing.nonzero(as_tuple=True)
+            at, position = slot[r, column], positions[r, column]
+            self.noise[r, at] = gumbel_noise(self.seeds[r], position[:, None], vocab)[:, 0]
+            self.known[r, at] = position
+        return self.noise[row, slot]
+
+
 class Greedy:
     """Temperature 0: the highest score; the rule's greedy form checks drafts."""
 
@@ -165,7 +222,7 @@ class Independent:
 
     def __init__(self, generator: torch.Generator, seeds: Tensor, fixed_rounds: bool = True):
         self.generator = generator
-        self.seeds = seeds
+        self.noise = SharedNoise(seeds)
         self.fixed_rounds = fixed_rounds
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
@@ -195,10 +252,7 @@ class Independent:
         if q is None:
             q = torch.zeros_like(p[:, :-1]).scatter_(-1, x[..., None], 1.0)
 
-        def noise() -> Tensor:
-            return gumbel_noise(self.seeds, positions, p.shape[-1])
-
-        y, kept = rule(x, q, p, generator=self.generator, noise=noise)
+        y, kept = rule(x, q, p, generator=self.generator, noise=lambda: self.noise(positions, p.shape[-1]))
         return y, kept, p
 
     def walk(
@@ -219,10 +273,11 @@ class Coupled:
     fixed_rounds = False
 
     def __init__(self, seeds: Tensor):
-        self.seeds = seeds
+        self.noise = SharedNoise(seeds)
 
     def perturbed(self, scores: Tensor, positions: Tensor) -> Tensor:
-        return scores + gumbel_noise(self.seeds, positions, scores.shape[-1])
+        positions = positions.expand(scores.shape[:2])
+        return self.noise(positions, scores.shape[-1]).add_(scores)
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return self.perturbed(scores, positions).argmax(-1)

@@ -12,9 +12,18 @@ from transformers.generation import logits_process as hf
 
 from polyspec import ConfigError
 from polyspec.decoding.sequences import Sequences
-from polyspec.distributions import Coupled, Greedy, Independent, Processing, fit_vocabulary, is_history_free, row_seeds
+from polyspec.distributions import (
+    Coupled,
+    Greedy,
+    Independent,
+    Processing,
+    SharedNoise,
+    fit_vocabulary,
+    is_history_free,
+    row_seeds,
+)
 from polyspec.trees import Tree
-from polyspec.verification import Verdict
+from polyspec.verification import Verdict, gumbel_noise
 
 VOCAB = 23
 CPU = torch.device("cpu")
@@ -136,3 +145,21 @@ def test_draws_never_pick_what_is_ruled_out() -> None:
     scores[..., ::2] = float("-inf")
     for draws in (Greedy(), Coupled(torch.arange(64)), Independent(torch.Generator().manual_seed(0), torch.arange(64))):
         assert bool((draws.draw(scores, positions(64, 3)) % 2 == 1).all())
+
+
+def test_remembered_noise_is_the_noise_whatever_was_asked_for_before() -> None:
+    seeds = torch.tensor([3, 3, 8])
+    noise, generator = SharedNoise(seeds), torch.Generator().manual_seed(0)
+    start = torch.tensor([[0], [5], [2]])
+    for round_ in range(60):
+        width = int(torch.randint(0, 6, (), generator=generator))
+        positions = start + torch.arange(width)
+        if round_ % 5 == 0:  # a tree: siblings share a position
+            positions = start + torch.tensor([0, 1, 1, 2, 2, 2])
+        if round_ % 7 == 0:  # positions far apart
+            positions = start + torch.tensor([0, 1, 100])
+        vocab = 9 if round_ < 50 else 13
+        drawn = noise(positions, vocab)
+        assert torch.equal(drawn, gumbel_noise(seeds, positions, vocab))
+        drawn.zero_()  # the caller may work in place
+        start = start + torch.randint(0, 4, (3, 1), generator=generator)

@@ -607,7 +607,7 @@ def window_tokens_are_checked_against_the_next_position(_: pytest.MonkeyPatch) -
 
 def coupled_noise(patch: pytest.MonkeyPatch, noise: Callable[[Tensor, Tensor, int], Tensor]) -> None:
     def perturbed(self: Coupled, scores: Tensor, positions: Tensor) -> Tensor:
-        return scores + noise(self.seeds, positions, scores.shape[-1])
+        return scores + noise(self.noise.seeds, positions, scores.shape[-1])
 
     patch.setattr(Coupled, "perturbed", perturbed)
 
