@@ -13,6 +13,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from polyspec.attention import grouped
-from polyspec.cache import RaggedCache
+from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -91,6 +95,7 @@ class Target:
         self.takes_attention = bool(getattr(model, "_supports_attention_backend", False))
         self.windows = attention_windows(self.config)
         self.extra: dict[str, Any] = {}
+        self.wanted = 0
 
     @property
     def vocab_size(self) -> int:
@@ -136,12 +141,25 @@ class Target:
         self.cache.rollback(kept)
         return output
 
-    def forward(self, tokens: Tensor, tree: Tree | None = None) -> Output:
+    def open(self, rows: int, capacity: int) -> None:
+        """Begin with an empty cache of `capacity` slots, for a loop that lays its tokens out itself; not under guidance."""
+        if self.guidance is not None:
+            raise ConfigError("guidance_scale is not supported by this loop; leave it out")
+        self.rows = self.streams = rows
+        self.cache = RaggedCache(rows, capacity)
+
+    def forward(self, tokens: Tensor, tree: Tree | Layout | None = None, wanted: int = 0) -> Output:
         """Score `[B, T]` tokens: each row's last committed one and its drafts. tree: how the T tokens hang together, node 0
         the committed token; None is a chain. They may be a tree's last T nodes only, if the cache's last tokens are the
-        others. Call `rollback` afterwards."""
+        others. A Layout says itself where tokens sit and what they see. wanted: only the last `wanted` tokens' logits are
+        needed (0: all). Call `rollback` afterwards."""
         streams = tokens if self.guidance is None else torch.cat([tokens, self.unconditional(tokens)])
-        return self.run(streams, tree, keep_logits=True)
+        self.wanted = wanted
+        try:
+            output = self.run(streams, tree, keep_logits=True)
+        finally:
+            self.wanted = 0
+        return Output(output.logits[:, -wanted:], output.hidden)
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Keep the first `lengths[b]` tokens of each row: committed tokens but the last, padding not counted."""
@@ -171,14 +189,14 @@ class Target:
         if self.position_key:
             kwargs[self.position_key] = positions
         if self.takes_logits_to_keep:
-            kwargs["logits_to_keep"] = 0 if keep_logits else 1
+            kwargs["logits_to_keep"] = self.wanted if keep_logits else 1
         out = self.model(
             **kwargs, **self.extra, use_cache=True, output_hidden_states=bool(self.hidden_layers), return_dict=True
         )
         return out.logits if keep_logits else None, out.hidden_states
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, tree: Tree | None, keep_logits: bool) -> Output:
+    def run(self, tokens: Tensor, tree: Tree | Layout | None, keep_logits: bool) -> Output:
         assert self.cache is not None
         offsets, mask = self.layout(tokens.shape[1], tree, tokens.device)
         with grouped(self.config) if self.takes_attention else nullcontext():
@@ -188,14 +206,14 @@ class Target:
         chosen = tuple(hidden[i] for i in self.hidden_layers) if self.hidden_layers else ()
         return Output(logits if logits is not None else tokens.new_empty(0), chosen)
 
-    def layout(self, new: int, tree: Tree | None, device: torch.device) -> tuple[Tensor, Any]:
+    def layout(self, new: int, tree: Tree | Layout | None, device: torch.device) -> tuple[Tensor, Any]:
         """Positions `[S, T]` and attention mask(s) `[S or 1, 1, T, K]` of `new` tokens behind the kept ones."""
         assert self.cache is not None
-        chain = tree is None or tree.size == 0
+        chain = not isinstance(tree, Layout) and (tree is None or tree.size == 0)
         if new == 1 and chain and self.cache.uniform and self.windows == {"": None} and not self.float_mask:
             kept = torch.tensor(self.cache.lengths, device=device)[:, None]
             return kept, None  # one token sees all there is
-        at = self.cache.layout(new, tree, device)
+        at = tree if isinstance(tree, Layout) else self.cache.layout(new, tree, device)
         positions = (at.base + at.depth).expand(len(self.cache.lengths), -1)
         distance = at.depth[:, :, None] - at.key_depth[:, None, :]
         masks = {
@@ -356,7 +374,19 @@ def pack_rows(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
     return tokens.gather(1, order)[:, : max(counts)], counts
 
 
+@cache
+def own_targets() -> dict[str, type[Target]]:
+    """Model types with a Target of their own inside transformers' `generate`: what the modalities' modules `target` call
+    `TARGETS`."""
+    found: dict[str, type[Target]] = {}
+    for entry in entry_points(group="polyspec.modalities"):
+        module = f"{entry.value.partition(':')[0]}.target"
+        if find_spec(module) is not None:
+            found |= getattr(import_module(module), "TARGETS", {})
+    return found
+
+
 def make_target(model: PreTrainedModel, guidance: Guidance | None = None, hidden_layers: Sequence[int] = ()) -> Target:
     """The Target for a transformers model."""
-    kind = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
-    return kind(model, guidance, hidden_layers)
+    general = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
+    return own_targets().get(model.config.model_type, general)(model, guidance, hidden_layers)

@@ -56,9 +56,8 @@ def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -
 
 def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:
     """Median seconds of a target call of N tokens a row, N in `sizes`, half-way through a picture; the sizes in turn."""
-    inputs = pipe.processor(text=list(prompts), generation_mode="image", return_tensors="pt", padding=True)
     target = make_image_target(pipe.model, pipe.settings(**arguments)["guidance_scale"])
-    ids, mask = inputs["input_ids"].to(pipe.model.device), inputs["attention_mask"].to(pipe.model.device)
+    ids, mask = target.encode(pipe.processor, prompts)
     target.prefill(ids, mask, capacity=ids.shape[1] + target.image_tokens + max(sizes))
     half = ids.new_zeros((len(ids), target.image_tokens // 2))
     target.forward(torch.cat([ids[:, -1:], half], dim=1))

@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor
 
 from polyspec import pipelines
 from polyspec.api import decode, make_draws
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Processing
-from polyspec.errors import CheckpointError, ConfigError, InputError
+from polyspec.errors import ConfigError, InputError
 from polyspec.modalities.image.sample import sample_path
-from polyspec.modalities.image.target import ADAPTERS, make_image_target
+from polyspec.modalities.image.target import adapter, make_image_target, model_class
 from polyspec.outputs import Result
 
 DEFAULT_RECIPE = "scd_gs"
@@ -52,6 +51,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         images_per_prompt: int = 1,
+        size: Sequence[int] | None = None,
         seed: int | Sequence[int] | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
@@ -62,7 +62,8 @@ class Pipeline:
     ) -> Result:
         """Draw `images_per_prompt` pictures of each prompt; `outputs` holds PIL images, prompt by prompt.
 
-        Sampling knobs left out are the checkpoint's (`generation_config.json`). guidance_scale 1 means no guidance.
+        size: height and width in pixels, where the model leaves a choice. Sampling knobs left out are the checkpoint's
+        (`generation_config.json`), or else its kind's. guidance_scale 1 means no guidance.
         progress: called with the number of new token positions.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -73,30 +74,31 @@ class Pipeline:
         knobs = self.settings(
             do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale
         )
-        inputs = self.processor(text=prompts, generation_mode="image", padding=True, return_tensors="pt")
-        ids = inputs["input_ids"].to(self.model.device).repeat_interleave(images_per_prompt, 0)
-        mask = inputs["attention_mask"].to(self.model.device).repeat_interleave(images_per_prompt, 0)
         target = make_image_target(self.model, knobs.pop("guidance_scale"))
+        ids, mask = target.encode(self.processor, [p for p in prompts for _ in range(images_per_prompt)], pair(size))
         context = target.config.max_position_embeddings
         if ids.shape[1] + target.image_tokens > context:
             raise InputError(
                 f"a prompt of {ids.shape[1]} tokens and {target.image_tokens} image tokens exceed the model's context "
-                f"of {context}; shorten the prompt"
+                f"of {context}; shorten the prompt{' or draw a smaller picture' if target.any_size else ''}"
             )
         emit = None if progress is None else lambda _: progress(1)
         sequences = Sequences(ids, target.image_tokens, mask=mask, emit=emit)
         sampling = knobs.pop("do_sample")
-        processing = Processing(pipelines.processors(**knobs) if sampling else [])
+        processing = Processing(pipelines.processors(**knobs) if sampling else [], target.constraint)
         draws = make_draws(self.method, sampling, seed, len(ids), ids.device)
         stats = decode(self.method, target, sequences, processing, draws, {})
         tokens = sequences.result()[:, -target.image_tokens :]
-        return Result(to_images(target.decode(tokens)), stats)
+        return Result(target.pictures(self.processor, tokens), stats)
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Sampling knobs: what the caller gave, else what the checkpoint's generation config says."""
+        """Sampling knobs: what the caller gave, else what the checkpoint's generation config says, else its kind's."""
         config = self.model.generation_config
-        names = ("do_sample", "temperature", "top_k", "top_p", "guidance_scale")
-        chosen = {k: getattr(config, k, None) if given.get(k) is None else given[k] for k in names}
+        chosen = dict(adapter(self.model.config.model_type, type(self.model).__name__).defaults)
+        for name in ("do_sample", "temperature", "top_k", "top_p", "guidance_scale"):
+            value = getattr(config, name, None) if given.get(name) is None else given[name]
+            if value is not None or name not in chosen:
+                chosen[name] = value
         chosen["guidance_scale"] = float(chosen["guidance_scale"] or 1.0)
         if chosen["guidance_scale"] < 1:
             raise ConfigError(f"guidance_scale must be ≥ 1, got {chosen['guidance_scale']}")
@@ -109,14 +111,14 @@ class Pipeline:
 def load_model(source: Any, dtype: torch.dtype) -> Any:
     """An image model from a folder or the hub; CheckpointError if it is none."""
     kind = pipelines.load(AutoConfig.from_pretrained, source).model_type
-    if kind not in ADAPTERS:
-        raise CheckpointError(
-            f"{source} is a {kind!r} model, which has no head for image tokens; supported: {', '.join(ADAPTERS)}"
-        )
-    return pipelines.load(JanusForConditionalGeneration.from_pretrained, source, dtype=dtype)
+    return pipelines.load(model_class(adapter(kind, source)).from_pretrained, source, dtype=dtype)
 
 
-def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Pixels `[B, H, W, 3]` in [-1, 1] to PIL images."""
-    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    return [Image.fromarray(b) for b in bytes_]
+def pair(size: Sequence[int] | None) -> tuple[int, int] | None:
+    """(height, width) as given; ConfigError for what are not two whole numbers."""
+    if size is None:
+        return None
+    whole = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    if not whole:
+        raise ConfigError(f"size must be height and width in pixels, e.g. size=[512,512]; got {size!r}")
+    return size[0], size[1]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import get_class
 from PIL import Image, ImageChops
 
 import polyspec
-from polyspec.modalities.image.pipeline import to_images
+from polyspec.modalities.image.target import make_image_target, to_images
 
 _spec = importlib.util.spec_from_file_location("tiny_janus", Path(__file__).with_name("tiny_janus.py"))
 assert _spec is not None and _spec.loader is not None
@@ -43,6 +44,18 @@ def test_greedy_pictures_are_the_models_own(recipe: str, guidance_scale: float, 
     result = pipe(prompts, do_sample=False, guidance_scale=guidance_scale)
     assert same(result.outputs, own_pictures(prompts, guidance_scale))
     assert result.stats.new_tokens == 16 * len(prompts)
+
+
+@pytest.mark.parametrize("recipe", ["dflash", "eagle", "eagle2", "medusa", "scd_gs"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "ragged"])
+def test_greedy_pictures_are_the_models_own_whatever_heads_draft(recipe: str, prompts: list[str]) -> None:
+    config = next(r for r in polyspec.recipes("image") if r.name == recipe).config
+    kind = get_class(config.drafter.get("inner", config.drafter)._target_).kind
+    overrides = {"heads": kind.for_target(make_image_target(tiny_janus()[0], 1.0))}
+    if "init" in config:
+        overrides["init"] = "drafter"
+    pipe = polyspec.pipeline("image", target=tiny_janus(), recipe=recipe, overrides=overrides)
+    assert same(pipe(prompts, do_sample=False, guidance_scale=3.0).outputs, own_pictures(prompts, 3.0))
 
 
 @pytest.mark.parametrize("recipe", ["sjd", "scd_mc", "scd_gs", "gumbel_jacobi", "jacobi"])
@@ -86,6 +99,8 @@ def test_one_prompt_many_pictures_are_told_apart_by_their_seeds() -> None:
         ({"prompt": "red", "guidance_scale": 0.5}, "guidance_scale"),
         ({"prompt": "red", "do_sample": True, "temperature": 0.0}, "temperature"),
         ({"prompt": " ".join(["red"] * 60)}, "shorten the prompt"),
+        ({"prompt": "red", "size": (32, 32)}, "this model draws 8×8 pixels"),
+        ({"prompt": "red", "size": [8]}, "size must be height and width"),
     ],
 )
 def test_bad_requests_are_refused_before_the_model_runs(arguments: dict, fragment: str) -> None:
@@ -107,6 +122,14 @@ def test_a_model_that_cannot_draw_is_refused(tmp_path: Path) -> None:
     LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     with pytest.raises(polyspec.CheckpointError, match="no head for image tokens"):
         polyspec.pipeline("image", target=str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "fragment"), [("glm_image", "GlmImagePipeline"), ("chameleon", "cannot draw")])
+def test_a_model_that_draws_elsewhere_or_nowhere_says_so(kind: str, fragment: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(polyspec.CheckpointError, match=fragment) as raised:
+        polyspec.pipeline("image", target=str(tmp_path))
+    assert str(tmp_path) in str(raised.value)
 
 
 def test_a_recipe_for_other_modalities_is_refused() -> None:
