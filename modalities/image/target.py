@@ -224,10 +224,10 @@ class Emu3Target(Adapter):
                 raise ConfigError(f"size={list(size)}: height and width must be multiples of {patch} pixels")
             form |= {"ratio": f"{width}:{height}", "image_area": width * height}
         inputs = processor(text=list(prompts), **form)
-        self.lines, width = (int(n) for n in inputs["image_sizes"][0])
-        self.row_width = width + 1
+        self.lines, self.columns = (int(n) for n in inputs["image_sizes"][0])
+        self.row_width = self.columns + 1
         self.image_tokens = self.lines * self.row_width + 3
-        self.constraint = self.allowed(width)
+        self.constraint = self.allowed()
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         if self.guidance_scale > 1:
             other = processor(text=[self.negative_prompt] * len(prompts), **form)
@@ -235,17 +235,16 @@ class Emu3Target(Adapter):
             self.guidance = Guidance(self.guidance_scale, tokens, other["attention_mask"].to(self.device), guide_logits)
         return ids + self.vocab_size, mask
 
-    def allowed(self, width: int) -> Constraint:
+    def allowed(self) -> Constraint:
         """A code or the end of the line, and at last the three ends, all forced but the codes."""
         ends = self.vocab_size - self.code_count
         sets = torch.eye(self.vocab_size, dtype=torch.bool)[self.code_count - 1 :]
         sets[0, : self.code_count] = True
-        kinds = torch.tensor([*([0] * width + [1]) * self.lines, *range(2, ends + 1)])
+        kinds = torch.tensor([*([0] * self.columns + [1]) * self.lines, *range(2, ends + 1)])
         return Constraint(sets.to(self.device), kinds.to(self.device))
 
     def pictures(self, processor: Any, tokens: Tensor) -> list[Image.Image]:
-        grid = {"height": self.lines, "width": self.row_width - 1}
-        pixels = self.model.decode_image_tokens(image_tokens=self.ids[tokens], **grid)
+        pixels = self.model.decode_image_tokens(image_tokens=self.ids[tokens], height=self.lines, width=self.columns)
         return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
 
 
