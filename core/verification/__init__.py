@@ -9,6 +9,7 @@ One rule is one file, named after the rule, with the paper's equation in its doc
   topk_threshold.
 * Several candidates for one token: recursive_rejection, kseq, spechub, greedy_plus_one, importance_selection.
 * Trees: walk_deterministic, walk_recursive, traversal_verification.
+* Lists: strict_topk, relaxed_topk.
 * A window of positions, each on its own: sjd, scd_mc, scd_gs, gsd.
 * Single draws: modified_rejection, reflection_coupling, gumbel_argmax, sample.
 """
@@ -28,6 +29,7 @@ from polyspec.verification.lantern import lantern, lantern_greedy, lantern_pp, l
 from polyspec.verification.modified_rejection import modified_rejection
 from polyspec.verification.recursive_rejection import recursive_rejection
 from polyspec.verification.reflection_coupling import reflection_coupling
+from polyspec.verification.relaxed_topk import relaxed_topk
 from polyspec.verification.rule import Rule, Verdict, rule
 from polyspec.verification.sampled_tolerance import sampled_tolerance
 from polyspec.verification.sampling import sample
@@ -36,6 +38,7 @@ from polyspec.verification.sjd import sjd
 from polyspec.verification.spechub import spechub, spechub_draft
 from polyspec.verification.speculative_cascade import speculative_cascade
 from polyspec.verification.speculative_sampling import speculative_sampling
+from polyspec.verification.strict_topk import TopK, strict_topk
 from polyspec.verification.threshold_rollback import threshold_rollback, threshold_rollback_greedy
 from polyspec.verification.topk_threshold import topk_threshold
 from polyspec.verification.traversal_verification import traversal_verification
@@ -45,6 +48,7 @@ from polyspec.verification.typical_acceptance import typical_acceptance
 __all__ = [
     "Rule",
     "TokenGroups",
+    "TopK",
     "Verdict",
     "additive_tolerance",
     "block_verification",
@@ -71,6 +75,7 @@ __all__ = [
     "nearest_neighbours",
     "recursive_rejection",
     "reflection_coupling",
+    "relaxed_topk",
     "rule",
     "sample",
     "sampled_tolerance",
@@ -81,6 +86,7 @@ __all__ = [
     "spechub_draft",
     "speculative_cascade",
     "speculative_sampling",
+    "strict_topk",
     "threshold_rollback",
     "threshold_rollback_greedy",
     "topk_threshold",
