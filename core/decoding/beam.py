@@ -1,0 +1,395 @@
+"""Constrained beam search for lists: all beams of all rows in one forward under an ancestor mask, several levels a round.
+
+After AtSpeed, 2410.05165. Every sequence of a trie has D tokens (an item's semantic ID, say). A row keeps its K best
+prefixes; a round drafts γ further levels of N ≥ K beams each, scores them all in one forward, and goes through them level
+by level: a rule picks the next K beams among what may follow the surviving ones, and goes on if they were drafted. A round
+so gains 1 … γ+1 levels; with γ = 0 it is plain beam search.
+
+A prompt is in the cache once, whatever the number of beams: nodes of the trie hang behind it, each attending to the prompt
+and to its own ancestors. Nothing is ever moved: a node that did not survive is simply seen by nobody. All rows have equal
+numbers of slots, so rows with shorter prompts, fewer beams or fewer levels left cost padding, never a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from polyspec.cache import Layout
+from polyspec.drafting.base import NoDraft
+from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+from polyspec.lengths import positive
+from polyspec.metrics import DecodingStats
+from polyspec.target import Target
+from polyspec.trie import Trie
+from polyspec.verification import TopK, gumbel_noise
+
+
+@dataclass(frozen=True, slots=True)
+class Beams:
+    """W beams a row, best first. node `[B, W]` long: where in the trie, 0 if there is none; score `[B, W]` float32:
+    cumulative log-probability, -inf if there is none; key `[B, W]` float32: what they are ranked by."""
+
+    node: Tensor
+    score: Tensor
+    key: Tensor
+
+    def take(self, index: Tensor) -> Beams:
+        """The beams at `index [B, W']`; none where it is -1."""
+        none, at = index < 0, index.clamp(min=0)
+        score, key = (x.gather(1, at).masked_fill(none, -torch.inf) for x in (self.score, self.key))
+        return Beams(self.node.gather(1, at).masked_fill(none, 0), score, key)
+
+
+class Ranking(Protocol):
+    """How beams are ranked: what a child's score and key are, given its parent and its log-probability."""
+
+    def __call__(self, parents: Beams, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and keys `[B, W, C]` of children `tokens [B, W, C]`; log_p `[B, W, C]`: over the whole vocabulary, -inf
+        where there is no child."""
+        ...
+
+
+class ByProbability:
+    """Beam search: by cumulative log-probability over the whole vocabulary, as transformers scores beams."""
+
+    def __call__(self, parents: Beams, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        score = parents.score.unsqueeze(-1) + log_p
+        return score, score
+
+
+class ByGumbel:
+    """Stochastic Beams and Where to Find Them, 1903.06059, Algorithm 1: a draw of K sequences without replacement.
+
+    φ is the log-probability of a prefix with each step renormalised over what the trie allows; G_φ = φ + Gumbel noise, and
+    with Z the maximum over the children of a node whose own key is G, a child's key is
+
+        G̃ = -log(exp(-G) - exp(-Z) + exp(-G_φ)),
+
+    so that the best child of every node inherits its key and the final keys are perturbed log-probabilities of whole
+    sequences. Noise is fixed by (row seed, node, token), so it is the same however rounds are cut, and a drafter can use it.
+    """
+
+    def __init__(self, seeds: Tensor):
+        self.seeds = seeds
+
+    def __call__(self, parents: Beams, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        exists = log_p != -torch.inf  # NaN stays, to be found
+        allowed = (log_p - log_p.logsumexp(-1, keepdim=True)).masked_fill(~exists, -torch.inf)
+        score = parents.score.unsqueeze(-1) + allowed
+        noise = gumbel_noise(self.seeds, parents.node, int(log_p.shape[-1]))  # children of a node in trie order
+        perturbed = score + noise
+        above = parents.key.unsqueeze(-1)
+        v = above - perturbed + torch.log1p(-(perturbed - perturbed.amax(-1, keepdim=True)).exp())
+        key = above - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+        return score, key.masked_fill(score == -torch.inf, -torch.inf)
+
+
+@dataclass(slots=True)
+class Search:
+    """B rows being searched.
+
+    prompts `[B, P]` long, each row's tokens first and its last one in the last column (`pack`); lengths: tokens in each;
+    widths: beams K of each row; alive: which trie nodes a row may use `[B, n]` bool, None for all.
+    """
+
+    trie: Trie
+    prompts: Tensor
+    lengths: list[int]
+    widths: list[int]
+    ranking: Ranking = field(default_factory=ByProbability)
+    alive: Tensor | None = None
+    generator: torch.Generator | None = None
+    beams: Beams = field(init=False)
+    levels: list[int] = field(init=False)
+    """How many tokens of each row's beams are settled."""
+
+    def __post_init__(self) -> None:
+        rows, device = len(self.lengths), self.prompts.device
+        start = torch.zeros(rows, 1, device=device)
+        self.beams = Beams(torch.zeros(rows, 1, dtype=torch.long, device=device), start, start)
+        self.levels = [0] * rows
+
+    @property
+    def finished(self) -> bool:
+        return all(level == self.trie.depth for level in self.levels)
+
+    @property
+    def remaining(self) -> int:
+        """The most levels any row still lacks."""
+        return self.trie.depth - min(self.levels)
+
+    @property
+    def most(self) -> int:
+        """The most beams of any row."""
+        return max(self.widths)
+
+    def branching(self, ahead: int) -> int:
+        """The most children of any running row's beams `ahead` levels on."""
+        widths = self.trie.widths
+        return max((widths[n + ahead] for n in self.levels if n + ahead < len(widths)), default=1)
+
+    def expand(self, beams: Beams, logits: Tensor, branching: int) -> Beams:
+        """All that may follow `beams`, as `W · branching` candidates a row, from the logits `[B, W, V]` behind them."""
+        child, exists = self.trie.children(beams.node, branching, self.alive)
+        tokens = self.trie.token[child]
+        exists &= (beams.score > -torch.inf).unsqueeze(-1)
+        logits = logits.float()
+        log_p = logits.gather(2, tokens) - logits.logsumexp(-1, keepdim=True)
+        score, key = self.ranking(beams, tokens, log_p.masked_fill(~exists, -torch.inf))
+        return Beams(torch.where(exists, child, 0).flatten(1), score.flatten(1), key.flatten(1))
+
+
+def pack(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, list[int]]:
+    """Prompts as a `Search` takes them: `[B, P]` with each row's last token in the last column and the others from the
+    first, and their lengths. InputError if one is empty."""
+    lengths = [len(p) for p in prompts]
+    if not prompts or min(lengths) == 0:
+        raise InputError("a prompt is empty; give every row at least one token")
+    width = max(lengths)
+    rows = [[*p[:-1], *[0] * (width - len(p)), p[-1]] for p in prompts]
+    return torch.tensor(rows, device=device), lengths
+
+
+class BeamCache:
+    """A target whose cache holds the prompts of a search and, behind them, nodes of its trie.
+
+    Slots 0 … P-2 hold the prompts but for their last tokens, slot P-1 (`root`) those; nodes follow in the order in which
+    they are fed. A node's `path [B, T, D]` are the slots of its ancestors and its own, filled up with the root's.
+    """
+
+    def __init__(self, target: Target, search: Search):
+        self.target, self.search = target, search
+        device, (rows, width) = search.prompts.device, search.prompts.shape
+        self.root = width - 1
+        self.base = torch.tensor(search.lengths, device=device)[:, None] - 1
+        columns = torch.arange(width - 1, device=device)
+        self.prompt_depth = functional.pad(columns - self.base, (0, 1))  # negative before the root
+        self.in_prompt = functional.pad(columns < self.base, (0, 1), value=True)
+        self.depth = self.prompt_depth
+        self.size = 0
+        target.open(rows, width + 4 * search.most * search.trie.depth)
+
+    def feed(self, node: Tensor, path: Tensor, depth: Tensor, wanted: int) -> Tensor:
+        """Logits `[B, wanted, V]` behind the last `wanted` of nodes `[B, T]` at `depth [B, T]` (the root's is 0), whose
+        own slots begin at `next`. The first call feeds the prompts as well; the root then counts as one before the T."""
+        search, first, (rows, new) = self.search, self.size == 0, node.shape
+        tokens = search.trie.token[node]
+        visible = self.in_prompt[:, None, :].repeat(1, new, 1)
+        held = self.size or self.root + 1
+        visible = functional.pad(visible, (0, held + new - visible.shape[2])).scatter_(2, path, True)
+        if first:
+            tokens = torch.cat([search.prompts, tokens], dim=1)
+            slots = torch.arange(held, device=node.device)
+            causal = (slots <= slots[:, None]).repeat(rows, 1, 1)
+            causal[:, -1] = self.in_prompt
+            visible = torch.cat([functional.pad(causal, (0, new)), visible], dim=1)
+        self.depth = torch.cat([self.depth, depth], dim=1)
+        query = self.depth[:, -tokens.shape[1] :]
+        output = self.target.forward(tokens, Layout(self.base, query, self.depth, visible), wanted)
+        self.size, self.hidden = held + new, output.hidden
+        self.target.rollback([self.size] * rows)
+        return output.logits
+
+    @property
+    def next(self) -> int:
+        """The slot of the next node to be fed."""
+        return self.size or self.root + 1
+
+    def own(self, path: Tensor, level: Tensor, start: int) -> Tensor:
+        """`path [B, W, D]` with W consecutive slots from `start` entered as the slots of their nodes, which are the
+        `level [B]`-th tokens of their sequences (from 0)."""
+        width = path.shape[1]
+        slots = torch.arange(start, start + width, device=path.device).expand(len(path), -1)
+        at = level.clamp(0, path.shape[2] - 1)[:, None, None].expand(-1, width, 1)
+        return path.scatter(2, at, slots[..., None])
+
+    def no_path(self, width: int) -> Tensor:
+        """Paths `[B, width, D]` of nodes without ancestors."""
+        shape = (len(self.base), width, self.search.trie.depth)
+        return torch.full(shape, self.root, device=self.base.device)
+
+    def rewind(self) -> None:
+        """Forget all nodes."""
+        self.size, self.depth = self.root + 1, self.prompt_depth
+        self.target.rollback([self.size] * len(self.base))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLevel:
+    """One drafted level: N nodes `[B, N]` (0: none), each `under [B, N]` the under-th node of the level before, which for
+    the first is the search's beams. q `[B, W · C]`: probabilities of all W · C candidates of that level, from which the
+    nodes were drawn, or None if they are simply the best."""
+
+    node: Tensor
+    under: Tensor
+    q: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeamContext:
+    """What a run shares: the target, the rows, and the counts of the run."""
+
+    target: Target
+    search: Search
+    stats: DecodingStats
+
+
+class BeamDrafter(Protocol):
+    """Drafts levels of a search; begun for every run."""
+
+    hidden_layers: tuple[int, ...]
+
+    def check(self, target: Target) -> None:
+        """Raise a PolyspecError if this cannot draft for `target`. Asked before the target runs."""
+        ...
+
+    def begin(self, context: BeamContext) -> None:
+        """Start a run."""
+        ...
+
+    def propose_levels(self, count: int) -> list[DraftLevel]:
+        """At most `count` ≥ 1 levels below the search's beams."""
+        ...
+
+    def observe(self, hidden: tuple[Tensor, ...]) -> None:
+        """After the target's forward: its hidden states `[B, T, d]` of all it was fed, per layer asked for; the first
+        time those of the prompts, as packed, and of what was drafted."""
+        ...
+
+
+class Beam:
+    """Beam search for K sequences of a trie, with drafts checked by `rule` (`strict_topk`, `relaxed_topk`).
+
+    levels: γ, the most levels drafted in a round, 0 for none; never more than would help.
+    """
+
+    def __init__(self, rule: Callable[..., TopK], levels: int = 8):
+        self.rule = rule
+        self.levels = levels if levels == 0 else positive("levels", levels)
+
+    def check(self, target: Target, drafter: BeamDrafter | NoDraft) -> None:
+        """Raise a PolyspecError if `target` cannot hold beams or there is no drafter to draft with."""
+        if self.levels and isinstance(drafter, NoDraft):
+            raise ConfigError("this recipe drafts: give draft_model=… or heads=…; without them use 'autoregressive'")
+        if target.lockstep or target.model.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{type(target.model).__name__} counts positions along the cache, where beams lie side by side; choose a "
+                "decoder-only model with rotary or learnt positions"
+            )
+        drafter.check(target)
+
+    def run(self, context: BeamContext, drafter: BeamDrafter | NoDraft) -> None:
+        """Search until every row's beams are whole sequences."""
+        search, stats = context.search, context.stats
+        drafting = None if isinstance(drafter, NoDraft) or self.levels == 0 else drafter
+        if drafting is not None:
+            context.target.hidden_layers = tuple(drafting.hidden_layers)
+            with stats.timed("draft"):
+                drafting.begin(context)
+        cache = BeamCache(context.target, search)
+        path = cache.no_path(1)  # of the beams' ancestors, in the target's cache
+        while not search.finished:
+            count, draft = min(self.levels, search.remaining - 1), []
+            if drafting is not None and count > 0:
+                with stats.timed("draft"):
+                    draft = drafting.propose_levels(count)
+            with stats.timed("target"):
+                logits, paths = self.score(cache, search, draft, path)
+            with stats.timed("verify"):
+                gained, path = self.verify(search, draft, logits, paths)
+            if drafting is not None:
+                with stats.timed("draft"):
+                    drafting.observe(cache.hidden)
+            stats.record(len(draft), gained, sum(level.node.shape[1] for level in draft))
+
+    def score(
+        self, cache: BeamCache, search: Search, draft: list[DraftLevel], path: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One target forward over the beams and their drafts: logits `[B, W_i, V]` and paths `[B, W_i, D]` a level."""
+        level, node = torch.tensor(search.levels, device=search.prompts.device), search.beams.node
+        begun = cache.size > 0  # else the only beam is the root, which is part of its prompt
+        paths = [cache.own(path, level - 1, cache.next) if begun else path]
+        nodes, depths, start = [node], [level[:, None].expand_as(node)], cache.next + node.shape[1] * begun
+        for ahead, drafted in enumerate(draft):
+            inherited = paths[-1].gather(1, drafted.under[..., None].expand(-1, -1, path.shape[2]))
+            paths.append(cache.own(inherited, level + ahead, start))
+            nodes.append(drafted.node)
+            depths.append((level + ahead + 1)[:, None].expand_as(drafted.node))
+            start += drafted.node.shape[1]
+        widths, skip = [p.shape[1] for p in paths], int(not begun)
+        node, where, depth = (torch.cat(x, dim=1)[:, skip:] for x in (nodes, paths, depths))
+        logits = cache.feed(node, where, depth, sum(widths))
+        return list(logits.split(widths, dim=1)), paths
+
+    def verify(
+        self, search: Search, draft: list[DraftLevel], logits: list[Tensor], paths: list[Tensor]
+    ) -> tuple[list[int], Tensor]:
+        """Go through the scored levels, and commit: levels gained a row, and the paths of the new beams' ancestors.
+
+        The round's one host synchronisation is here."""
+        device, depth, most = search.prompts.device, search.trie.depth, search.most
+        level = torch.tensor(search.levels, device=device)
+        k = torch.tensor(search.widths, device=device)
+        active, gained, sick = level < depth, torch.zeros_like(level), torch.zeros_like(level, dtype=torch.bool)
+        beams, found, found_path = search.beams, search.beams, paths[0]
+        kept = torch.arange(beams.node.shape[1], device=device).expand(len(level), -1)
+        for ahead, (scores, path) in enumerate(zip(logits, paths, strict=True)):
+            path = path.gather(1, kept[..., None].expand(-1, -1, depth))
+            scores = scores.gather(1, kept[..., None].expand(-1, -1, scores.shape[2])) if ahead else scores
+            branching = search.branching(ahead)
+            candidates = search.expand(beams, scores, branching)
+            sick |= active & candidates.score.isnan().any(1)
+            width = paths[ahead].shape[1]
+            drafted, q = candidates_of(search.trie, draft[ahead : ahead + 1], beams, kept, width, branching)
+            verdict = self.rule(drafted, q, candidates.key, k=k, most=most, generator=search.generator)
+            after = candidates.take(verdict.chosen)
+            onward = path.gather(1, (verdict.chosen.clamp(min=0) // branching)[..., None].expand(-1, -1, depth))
+            found, found_path = replace(found, after, active), replace_rows(found_path, onward, active)
+            gained += active
+            active = active & verdict.accepted & (level + ahead + 1 < depth)
+            beams, kept = after, verdict.source.clamp(min=0)
+        steps, bad = torch.stack([gained, sick.long()]).tolist()
+        if any(bad):
+            raise InputError(f"the target's scores for row {bad.index(1)} are NaN; check the weights and the dtype")
+        search.beams, search.levels = found, [n + g for n, g in zip(search.levels, steps, strict=True)]
+        return steps, found_path
+
+
+def candidates_of(
+    trie: Trie, draft: list[DraftLevel], beams: Beams, kept: Tensor, width: int, branching: int
+) -> tuple[Tensor, Tensor | None]:
+    """Drafted nodes as indices `[B, N]` among the candidates of `beams` (-1: under none of them), and the probabilities of
+    those candidates under the drafter. kept `[B, W]`: where the beams are in the level above, which has `width` nodes."""
+    if not draft:
+        return kept[:, :0], None
+    (level,) = draft
+    there = kept.new_full((len(kept), width + 1), -1)
+    index = torch.where(beams.score > -torch.inf, kept, width)
+    there.scatter_(1, index, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+    above = there[:, :width].gather(1, level.under)
+    parent = beams.node.gather(1, above.clamp(min=0))
+    candidate = above * branching + level.node - trie.first[parent]
+    # what a row that has ended its round holds need not fit together any more
+    fits = (above >= 0) & (level.node > 0) & (trie.parent[level.node] == parent)
+    candidate = torch.where(fits, candidate, -1)
+    if level.q is None:
+        return candidate, None
+    q = level.q.unflatten(1, (width, branching)).gather(1, kept[..., None].expand(-1, -1, branching))
+    return candidate, q.flatten(1)
+
+
+def replace(old: Beams, new: Beams, rows: Tensor) -> Beams:
+    """`new` in the rows `[B]` bool, `old` elsewhere; `new` everywhere if the widths differ, as after the root."""
+    return Beams(*(replace_rows(*x, rows) for x in ((old.node, new.node), (old.score, new.score), (old.key, new.key))))
+
+
+def replace_rows(old: Tensor, new: Tensor, rows: Tensor) -> Tensor:
+    if old.shape != new.shape:
+        return new
+    return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
