@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,15 +53,42 @@ def pipeline(modality: str, **kwargs: Any) -> Any:
     return import_module(f"{module}.pipeline").Pipeline(**kwargs)
 
 
-def choose(modality: str, recipe: str | None, default: str, overrides: Mapping[str, Any] | None) -> Method:
-    """Build the recipe asked for; ConfigError if it does not apply to `modality`."""
+def choose(
+    modality: str, recipe: str | None, default: str, overrides: Mapping[str, Any] | None, sample: str | None = None
+) -> Method:
+    """Build the recipe asked for; ConfigError if it does not apply to `modality`.
+
+    sample: the name of the shipped sample if that is the target. Drafters trained for it are shipped too, and are taken
+    where the recipe needs one and none is given."""
     chosen: Recipe = find_recipe(recipe or default)
     if modality not in chosen.modalities:
         raise ConfigError(
             f"recipe {chosen.name!r} is not for modality {modality!r} (it is for {', '.join(chosen.modalities)}); "
             f"choose one of: {', '.join(r.name for r in recipes(modality))}"
         )
-    return build(chosen, overrides or {})
+    given = dict(overrides or {})
+    for need in chosen.needs if sample else ():
+        if given.get(need) is None and (folder := shipped_drafter(sample, chosen, need)):
+            given[need] = str(folder)
+    return build(chosen, given)
+
+
+def is_from(target: Any, folder: Path) -> bool:
+    """Whether `target`, a pipeline's argument, is the sample in `folder`: left out, or loaded from there."""
+    return target is None or (isinstance(target, tuple) and getattr(target[0], "name_or_path", None) == str(folder))
+
+
+def shipped_drafter(sample: str | None, recipe: Recipe, need: str) -> Path | None:
+    """The folder of the `need` ("heads", "draft_model") of `recipe` that is shipped for `sample`, None if there is none."""
+    from hydra.utils import get_class
+
+    kind = need
+    if need == "heads":
+        drafter = recipe.config.drafter
+        heads: Any = get_class(drafter.get("inner", drafter)._target_)
+        kind = heads.kind.config_class.model_type.removeprefix("polyspec_")
+    folder = Path(str(files("polyspec.samples"))) / "drafters" / sample / kind if sample else None
+    return folder if folder and (folder / "config.json").exists() else None
 
 
 def default_device() -> str:

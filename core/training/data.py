@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,9 @@ def generate_corpus(
 ) -> Corpus:
     """Let `model` continue `prompts` (token lists, over and over, each time with new noise) until it made `tokens`.
 
-    A shard is written after every batch. Row i of the corpus continues prompt i mod len(prompts) with seed + i, so the
-    corpus does not depend on where it was interrupted. Raises InputError without prompts, CheckpointError if `folder`
-    holds a corpus made with other settings.
+    A shard is written after every batch. Row i of the corpus continues prompt i mod len(prompts), and a batch's noise is
+    seeded by its first row, so the corpus does not depend on where it was interrupted. Raises InputError without
+    prompts, CheckpointError if `folder` holds a corpus made with other settings.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise InputError("no prompts to continue: give at least one, and none of them empty")
@@ -116,6 +116,8 @@ def continue_prompts(
 ) -> list[np.ndarray]:
     """One batch: prompts and what the plain loop samples after them, up to and including end-of-sequence."""
     import polyspec
+    from polyspec.decoding.chain import Chain
+    from polyspec.verification import speculative_sampling
 
     config = model.generation_config
     pad = config.pad_token_id if config and config.pad_token_id is not None else 0
@@ -123,6 +125,8 @@ def continue_prompts(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     plain = polyspec.custom_generate("autoregressive", seed=seed)
+    # noise for every token, which the recipe shares with others, costs more here than the rest of drawing
+    plain.method = replace(plain.method, loop=Chain(speculative_sampling), draws="independent")
     generate: Any = model.generate
     out = generate(ids, attention_mask=mask, do_sample=True, pad_token_id=pad, custom_generate=plain, **knobs)
     ends = config.eos_token_id if config else None

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from polyspec import pipelines
 from polyspec.api import CustomGenerate
 from polyspec.errors import ConfigError, InputError
-from polyspec.modalities.text.sample import load_sample
+from polyspec.modalities.text.sample import cache_folder, load_sample
 from polyspec.outputs import Result
 
 DEFAULT_RECIPE = "prompt_lookup"
+SAMPLE = "smollm2-135m-instruct"
 
 
 class Pipeline:
@@ -33,7 +34,8 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ):
-        self.method = pipelines.choose("text", recipe, DEFAULT_RECIPE, overrides)
+        sample = SAMPLE if pipelines.is_from(target, cache_folder()) else None
+        self.method = pipelines.choose("text", recipe, DEFAULT_RECIPE, overrides, sample)
         device = device or pipelines.default_device()
         if isinstance(target, tuple):
             model, tokenizer = target
