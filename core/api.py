@@ -31,10 +31,15 @@ def make_draws(
     seeds = row_seeds(seed, rows, device)
     if method.draws == "coupled":
         return Coupled(seeds)
+    return Independent(generator_of(seeds), seeds)
+
+
+def generator_of(seeds: Tensor) -> torch.Generator:
+    """One generator on the device of the rows' seeds `[B]`: every row's matters, and so does their order."""
     mixed = 0
-    for row in seeds.tolist():  # every row's seed matters, and so does their order
+    for row in seeds.tolist():
         mixed = (mixed * 6364136223846793005 + row + 1442695040888963407) % 2**63
-    return Independent(torch.Generator(device).manual_seed(mixed), seeds)
+    return torch.Generator(seeds.device).manual_seed(mixed)
 
 
 @torch.no_grad()
@@ -141,7 +146,10 @@ def custom_generate(
     streamer: a transformers streamer (generate() does not hand its own to a custom callable). `.stats` holds the
     DecodingStats of the last call. Raises ConfigError for an unknown recipe or knob, or a need that is missing.
     """
-    return CustomGenerate(build(find_recipe(recipe), overrides), seed=seed, streamer=streamer)
+    found = find_recipe(recipe)
+    if found.modalities == ("recommendation",):
+        raise ConfigError(f"{recipe!r} searches for lists of items; use polyspec.pipeline('recommendation', recipe=…)")
+    return CustomGenerate(build(found, overrides), seed=seed, streamer=streamer)
 
 
 def check_prompt(input_ids: Tensor, model: PreTrainedModel, mask: Tensor | None, covered: int | None = None) -> None:

@@ -36,7 +36,7 @@ class Trie:
     @classmethod
     def build(cls, sequences: ArrayLike) -> Trie:
         """The trie of `sequences [I, D]`, whole numbers ≥ 0, on the CPU. InputError for any other shape or content."""
-        rows = np.asarray(sequences)
+        rows = as_table(sequences)
         if rows.ndim != 2 or 0 in rows.shape or not np.issubdtype(rows.dtype, np.integer):
             raise InputError(
                 f"a trie needs whole numbers [sequences, length], neither empty; got {rows.dtype} {list(rows.shape)}"
@@ -108,3 +108,11 @@ class Trie:
         if alive is not None:
             exists &= alive.gather(1, child.flatten(1)).view(child.shape)
         return child, exists
+
+
+def as_table(sequences: ArrayLike) -> np.ndarray:
+    """`sequences` as an array; InputError if they differ in length."""
+    try:
+        return np.asarray(sequences)
+    except ValueError as error:
+        raise InputError(f"token sequences must all have one length ({error})") from error

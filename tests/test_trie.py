@@ -74,6 +74,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "no tokens": (lambda: Trie.build(np.zeros((3, 0), int)), "neither empty"),
     "fractions": (lambda: Trie.build([[0.5, 1.0]]), "whole numbers"),
     "one sequence without its axis": (lambda: Trie.build([1, 2]), "whole numbers"),
+    "sequences of different lengths": (lambda: Trie.build([[1, 2], [3]]), "one length"),
     "negative tokens": (lambda: Trie.build([[0, -1]]), "≥ 0"),
 }
 

@@ -1,0 +1,1 @@
+"""Lists of items for users, from their histories, with generative recommenders."""
