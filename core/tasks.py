@@ -122,6 +122,8 @@ def summary(result: Result, plain: Result | None = None) -> Table:
 def check_output(output: str | None) -> None:
     """Refuse a place that cannot be written before any work starts."""
     folder = Path(output).parent if output else Path()
+    if output and Path(output).is_dir():
+        raise InputError(f"cannot write {output}: it is a folder; name a file in it, {Path(output) / 'heart.png'} say")
     if not folder.is_dir():
         raise InputError(f"cannot write {output}: there is no folder {folder}; create it or choose another output=")
     if not os.access(folder, os.W_OK):

@@ -46,18 +46,16 @@ def bench_prompts(prompts: str | Sequence[str]) -> list[str]:
 def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -> int:
     """Draw with the model's own `generate`; the number of image tokens."""
     knobs = pipe.settings(**arguments)
-    # the model's own loop fails without guidance: a scale that is 1 to six digits gives the same picture
-    knobs["guidance_scale"] = max(knobs["guidance_scale"], 1.000001)
-    inputs = pipe.processor(text=list(prompts), generation_mode="image", return_tensors="pt", padding=True)
-    tokens = pipe.model.generate(**inputs.to(pipe.model.device), generation_mode="image", **knobs)
-    pipe.model.decode_image_tokens(tokens)
+    target = make_image_target(pipe.model, knobs.pop("guidance_scale"))
+    tokens = target.generate(pipe.processor, prompts, arguments.get("size"), **knobs)
+    target.pictures(pipe.processor, tokens)
     return tokens.numel()
 
 
 def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:
     """Median seconds of a target call of N tokens a row, N in `sizes`, half-way through a picture; the sizes in turn."""
     target = make_image_target(pipe.model, pipe.settings(**arguments)["guidance_scale"])
-    ids, mask = target.encode(pipe.processor, prompts)
+    ids, mask = target.encode(pipe.processor, prompts, arguments.get("size"))
     target.prefill(ids, mask, capacity=ids.shape[1] + target.image_tokens + max(sizes))
     half = ids.new_zeros((len(ids), target.image_tokens // 2))
     target.forward(torch.cat([ids[:, -1:], half], dim=1))

@@ -97,6 +97,13 @@ class Adapter(ImageTarget):
         """Image tokens `[B, image_tokens]` as pictures."""
         raise NotImplementedError
 
+    def generate(
+        self, processor: Any, prompts: Sequence[str], size: tuple[int, int] | None = None, **knobs: Any
+    ) -> Tensor:
+        """Image tokens `[B, image_tokens]` as transformers' own `generate` draws them, with its sampling `knobs`: what
+        recipes are compared with."""
+        raise NotImplementedError
+
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
         out = self.backbone(
             inputs_embeds=self.embed(tokens),
@@ -163,6 +170,14 @@ class JanusTarget(Adapter):
 
     def pictures(self, processor: Any, tokens: Tensor) -> list[Image.Image]:
         return to_images(self.model.decode_image_tokens(tokens).float())
+
+    def generate(
+        self, processor: Any, prompts: Sequence[str], size: tuple[int, int] | None = None, **knobs: Any
+    ) -> Tensor:
+        inputs = processor(text=list(prompts), generation_mode="image", padding=True, return_tensors="pt")
+        # it fails without guidance: a scale that is 1 to six digits gives the same picture
+        knobs["guidance_scale"] = max(self.guidance_scale, 1.000001)
+        return self.model.generate(**inputs.to(self.device), generation_mode="image", **knobs)
 
 
 class Emu3Target(Adapter):
@@ -238,14 +253,38 @@ class Emu3Target(Adapter):
     def allowed(self) -> Constraint:
         """A code or the end of the line, and at last the three ends, all forced but the codes."""
         ends = self.vocab_size - self.code_count
-        sets = torch.eye(self.vocab_size, dtype=torch.bool)[self.code_count - 1 :]
+        sets = torch.zeros(1 + ends, self.vocab_size, dtype=torch.bool)
         sets[0, : self.code_count] = True
+        sets[1:, self.code_count :] = torch.eye(ends, dtype=torch.bool)
         kinds = torch.tensor([*([0] * self.columns + [1]) * self.lines, *range(2, ends + 1)])
         return Constraint(sets.to(self.device), kinds.to(self.device))
 
     def pictures(self, processor: Any, tokens: Tensor) -> list[Image.Image]:
         pixels = self.model.decode_image_tokens(image_tokens=self.ids[tokens], height=self.lines, width=self.columns)
         return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
+
+    def generate(
+        self, processor: Any, prompts: Sequence[str], size: tuple[int, int] | None = None, **knobs: Any
+    ) -> Tensor:
+        tokens, mask = self.encode(processor, prompts, size)
+        constraint, prompt = self.constraint, tokens.shape[1]
+        assert constraint is not None
+        sets = [self.ids[: self.vocab_size][allowed] for allowed in constraint.sets]
+        kinds = constraint.kinds.tolist()
+        if self.guidance is not None:
+            knobs["guidance_scale"] = self.guidance_scale
+            knobs["negative_prompt_ids"] = self.ids[self.guidance.tokens]
+            knobs["negative_prompt_attention_mask"] = self.guidance.mask
+        out = self.model.generate(
+            input_ids=self.ids[tokens],
+            attention_mask=mask,
+            max_new_tokens=self.image_tokens,
+            prefix_allowed_tokens_fn=lambda row, ids: sets[kinds[len(ids) - prompt]],
+            **knobs,
+        )
+        ours = self.ids.new_zeros(self.config.vocab_size)
+        ours[self.ids[: self.vocab_size]] = torch.arange(self.vocab_size, device=self.device)
+        return ours[out[:, prompt:]]
 
 
 class OutputRows:

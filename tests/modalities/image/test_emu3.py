@@ -15,6 +15,7 @@ from torch import Tensor
 
 import polyspec
 from polyspec.modalities.image import codebook
+from polyspec.modalities.image.evaluate import call_seconds, transformers_generate
 from polyspec.modalities.image.target import Emu3Target, make_image_target
 
 PROMPTS = ["red heart", "star", "blue blue car"]
@@ -101,6 +102,17 @@ def test_forced_tokens_are_drafted_and_accepted(drawn: list[Tensor]) -> None:
     # one code, then end of line, frame, image and text, of which a head that has learnt nothing drafts the last four
     assert drawn[0][0, 1:].tolist() == [EOL, EOF, EOI, EOS]
     assert result.stats.target_calls <= 2
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_baseline_of_benchmarks_is_the_models_own_generate(guidance_scale: float) -> None:
+    target = make_image_target(tiny_emu3()[0], guidance_scale)
+    tokens = target.generate(tiny_emu3()[1], PROMPTS, SIZE, do_sample=False)
+    assert torch.equal(target.ids[tokens], own_tokens(PROMPTS, guidance_scale, NEGATIVE))
+    pipe = pipeline("sjd")
+    arguments = {"size": SIZE, "do_sample": False, "guidance_scale": guidance_scale}
+    assert transformers_generate(pipe, PROMPTS, **arguments) == tokens.numel()
+    assert call_seconds(pipe, PROMPTS, [1, 4], **arguments)[4] > 0
 
 
 def test_a_row_is_a_line_of_codes_and_its_end() -> None:

@@ -75,6 +75,14 @@ def test_shared_noise_draws_the_plain_loops_picture(recipe: str) -> None:
     assert same(plain.outputs, fast.outputs)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_baseline_of_benchmarks_is_the_models_own_generate(guidance_scale: float) -> None:
+    model, processor = tiny_janus()
+    target = make_image_target(model, guidance_scale)
+    pictures = target.pictures(processor, target.generate(processor, PROMPTS, do_sample=False))
+    assert same(pictures, own_pictures(PROMPTS, max(guidance_scale, 1.000001)))
+
+
 def test_a_row_of_a_batch_is_the_picture_drawn_alone_with_its_seed() -> None:
     pipe = polyspec.pipeline("image", target=tiny_janus(), recipe="autoregressive")
     knobs = {"do_sample": True, "temperature": 1.3}
