@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -44,13 +45,22 @@ def pipeline(modality: str, **kwargs: Any) -> Any:
     device, dtype: by default what the machine and the checkpoint suggest.
     Raises ConfigError for unknown names, CheckpointError for a target that cannot be loaded.
     """
+    return part_of(modality, "pipeline").Pipeline(**kwargs)
+
+
+def part_of(modality: str, part: str) -> Any:
+    """The module `part` ("pipeline", "evaluate", "own_data", …) of a modality's package. ConfigError for an unknown
+    modality, or one that has no such part."""
     found = {e.name: e for e in entry_points(group="polyspec.modalities")}
     if modality not in found:
         raise unknown("modality", modality, found)
-    module = found[modality].value.partition(":")[0]
-    from importlib import import_module
-
-    return import_module(f"{module}.pipeline").Pipeline(**kwargs)
+    name = f"{found[modality].value.partition(':')[0]}.{part}"
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # a package that the part imports
+            raise
+        raise ConfigError(f"modality {modality!r} has no {part} module ({name}), which this needs") from error
 
 
 def choose(

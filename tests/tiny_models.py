@@ -43,8 +43,9 @@ DECODER = {
 }
 
 
-def llama(vocab: int = VOCAB, layers: int = 2, hidden: int = 32) -> PreTrainedModel:
-    sizes = {"vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": hidden, "head_dim": hidden // 4}
+def llama(vocab: int = VOCAB, layers: int = 2, hidden: int = 32, heads: int = 4) -> PreTrainedModel:
+    sizes = {"vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": hidden, "head_dim": hidden // heads}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
     return LlamaForCausalLM(LlamaConfig(**{**DECODER, **sizes}))
 
 

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def run(config: DictConfig) -> None:
     settings: Any = OmegaConf.to_container(config.bench, resolve=True)
     console = Console()
     folder = Path(settings["output"])
-    evaluate = import_module(f"polyspec.modalities.{config.modality.name}.evaluate")
+    evaluate = pipelines.part_of(config.modality.name, "evaluate")
     prompts = evaluate.bench_prompts(settings["prompts"])[: settings["count"]]
     if not prompts:
         raise InputError(f"bench.prompts={settings['prompts']} holds no prompt")

@@ -2,7 +2,8 @@
 
 `train` is the whole way, from a `train` configuration (conf/train/): the target continues prompts (data), its hidden
 states are computed once (features), the head learns from both (trainer, objectives). Every stage continues where an
-interrupted run stopped. For targets that are not text models, call the stages with a Target and a Corpus of your own.
+interrupted run stopped. What differs between modalities, how a target draws its own data, is the class `DataSource` in the
+module `own_data` of its package; for other targets call the stages with a Target and a Corpus of your own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyspec.errors import CheckpointError, ConfigError, InputError
-from polyspec.training.data import Corpus, corpus_of, generate_corpus, load_corpus
+from polyspec.errors import CheckpointError, InputError
+from polyspec.pipelines import part_of
+from polyspec.training.data import Corpus, corpus_of, generate_corpus, grow_corpus, load_corpus
 from polyspec.training.features import Features, compute_features
 from polyspec.training.trainer import Schedule, train_head
 
@@ -24,6 +26,7 @@ __all__ = [
     "compute_features",
     "corpus_of",
     "generate_corpus",
+    "grow_corpus",
     "load_corpus",
     "read_prompts",
     "train",
@@ -34,31 +37,27 @@ __all__ = [
 def train(config: Mapping[str, Any]) -> Path:
     """Train what `config`, a composed `train` group, describes; returns the folder of the result.
 
-    Keys: target (folder, hub id, None: the text sample), output, device, dtype, prompts, data (arguments of
-    `generate_corpus`, and `folder`), vocabulary (size of the trimmed one, None: all tokens), head, objective, schedule
-    (things to instantiate). Raises ConfigError, InputError or CheckpointError before anything long starts.
+    Keys: modality, target (folder, hub id, None: the modality's sample), output, device, dtype, prompts (None: the
+    modality's own), data (what its `own_data` takes, and `folder`), vocabulary (size of the trimmed one, None: all
+    tokens), head, objective, schedule (things to instantiate). Raises ConfigError, InputError or CheckpointError before
+    anything long starts.
     """
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
-    from polyspec.target import make_target
-
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)  # type: ignore[assignment]
-    if settings.get("modality", "text") != "text":
-        raise ConfigError(
-            f"the command line trains heads for modality=text, not {settings['modality']}; for other targets call "
-            "polyspec.training.compute_features and train_head with a Target and a Corpus"
-        )
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    assert isinstance(plain, Mapping)
+    settings: dict[str, Any] = {str(k): v for k, v in plain.items()}
+    source_class = part_of(settings.get("modality") or "text", "own_data").DataSource
     output = Path(settings.get("output") or f"outputs/{settings['name']}")
     schedule, objective = instantiate(settings["schedule"]), instantiate(settings["objective"])
-    texts = read_prompts(settings["prompts"])
-    model, tokenizer = load_text_target(settings)
-    target = make_target(model)
+    source = source_class(settings)
+    target, tokenizer = source.target, source.tokenizer
     make_folder(output)
 
     data = dict(settings["data"])
     folder = Path(data.pop("folder", None) or output / "data")
-    corpus = generate_corpus(model, [encode(tokenizer, text) for text in texts], folder, **data)
+    corpus = source.corpus(folder, **data)
     size = settings.get("vocabulary")
     vocabulary = corpus.frequent(size, target.vocab_size) if size and size < target.vocab_size else None
     head = instantiate(settings["head"])(target, vocabulary=vocabulary)
@@ -69,33 +68,9 @@ def train(config: Mapping[str, Any]) -> Path:
     features = compute_features(target, corpus, layers, folder / "features", batch=settings.get("feature_batch", 8))
     target.hidden_layers = ()
     train_head(head, target, corpus, features, objective, schedule, output)
-    if not read:  # a model of its own, to be loaded as any other
+    if not read and tokenizer is not None:  # a model of its own, to be loaded as any other
         tokenizer.save_pretrained(output)
     return output
-
-
-def load_text_target(settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The (model, tokenizer) that `target`, `device` and `dtype` name."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from polyspec import pipelines
-
-    device = settings.get("device") or pipelines.default_device()
-    dtype, name = pipelines.as_dtype(settings.get("dtype"), device), settings.get("target")
-    if name is None:
-        from polyspec.modalities.text.sample import load_sample
-
-        return load_sample(dtype=dtype, device=device)
-    tokenizer = pipelines.load(AutoTokenizer.from_pretrained, name)
-    return pipelines.load(AutoModelForCausalLM.from_pretrained, name, dtype=dtype).to(device).eval(), tokenizer
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """A prompt's tokens, through the tokenizer's chat template if it has one."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text)["input_ids"]
 
 
 def read_prompts(source: str | Sequence[str]) -> list[str]:

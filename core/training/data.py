@@ -7,7 +7,7 @@ that grows batch by batch; generating again with the same settings continues whe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -82,27 +82,38 @@ def generate_corpus(
     """
     if not prompts or not all(len(p) for p in prompts):
         raise InputError("no prompts to continue: give at least one, and none of them empty")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    knobs = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings = {
         "prompts": sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest(),
         "vocab_size": model.config.get_text_config(decoder=True).vocab_size,
         "batch": batch,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
+        **knobs,
         "seed": seed,
     }
+
+    def draw(first: int) -> tuple[list[np.ndarray], list[int]]:
+        rows = [list(prompts[i % len(prompts)]) for i in range(first, first + batch)]
+        return continue_prompts(model, rows, seed + first, knobs), [len(r) for r in rows]
+
+    return grow_corpus(folder, settings, tokens, draw)
+
+
+def grow_corpus(
+    folder: str | Path, settings: dict[str, Any], tokens: int, draw: Callable[[int], tuple[list[np.ndarray], list[int]]]
+) -> Corpus:
+    """The corpus in `folder`, made longer until it holds `tokens` generated tokens.
+
+    draw: from the number of rows there are to the next rows (int32, prompts included) and their prompts' lengths; they
+    are stored as a shard. settings: what rows depend on. Raises CheckpointError if `folder` was made with others.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder / SETTINGS, settings)
     shards = list(read_shards(folder))
     made = sum(int(s["tokens"].size - s["prompts"].sum()) for s in shards)
-    knobs = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     with tqdm(desc="generating", total=tokens, initial=made, unit=" tokens") as bar:
         while made < tokens:
-            first = len(shards) * batch
-            rows = [list(prompts[i % len(prompts)]) for i in range(first, first + batch)]
-            shard = pack(continue_prompts(model, rows, seed + first, knobs), [len(r) for r in rows])
+            shard = pack(*draw(sum(len(s["lengths"]) for s in shards)))
             save_shard(folder, len(shards), shard)
             shards.append(shard)
             new = int(shard["tokens"].size - shard["prompts"].sum())

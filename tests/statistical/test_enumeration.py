@@ -81,7 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @cache
 def model() -> PreTrainedModel:
     torch.manual_seed(10)  # a model whose next token is neither certain nor evenly spread, and which ends at times
-    return sharpen(llama(vocab=VOCAB, layers=2, hidden=16), 1.8).eval()
+    return sharpen(llama(vocab=VOCAB, layers=2, hidden=8, heads=2), 1.8).eval()
 
 
 def generate_options(variant: str, rows: int) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def test_the_whole_way_from_a_configuration(tmp_path: Path) -> None:
     heads = MedusaModel.from_pretrained(tmp_path / "heads")
     assert heads.config.vocab_size <= 20
     with pytest.raises(polyspec.ConfigError, match="modality"):
+        train({**settings, "modality": "music"})
+    with pytest.raises(polyspec.CheckpointError, match="no head for image tokens"):
         train({**settings, "modality": "image"})
     with pytest.raises(polyspec.CheckpointError):
         train({**settings, "target": str(tmp_path / "nowhere")})
