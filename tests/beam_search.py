@@ -91,7 +91,7 @@ def run(
     with torch.no_grad():
         loop.run(BeamContext(target, search, stats), drafter)
     spelt = {leaf: tuple(item) for leaf, item in zip(trie.leaf.tolist(), items.tolist(), strict=True)}
-    rows = zip(search.beams.node.tolist(), search.beams.score.tolist(), strict=True)
+    rows = zip(search.found.node.tolist(), search.found.score.tolist(), strict=True)
     return [[(spelt[n], s) for n, s in zip(*row, strict=True) if n] for row in rows], stats
 
 

@@ -29,6 +29,8 @@ from polyspec.target import Target
 from polyspec.trie import Trie
 from polyspec.verification import TopK, gumbel_noise
 
+MOST_LEFT = 0.75  # with no more of the rows left than that, copying their cache pays
+
 
 @dataclass(frozen=True, slots=True)
 class Beams:
@@ -47,7 +49,12 @@ class Beams:
 
 
 class Ranking(Protocol):
-    """How beams are ranked: what a child's score and key are, given its parent and its log-probability."""
+    """How beams are ranked: what a child's score and key are, given its parent and its log-probability. Derive from it:
+    `keep` has a default."""
+
+    def keep(self, rows: Tensor) -> Ranking:
+        """The ranking of only the given rows."""
+        return self
 
     def __call__(self, parents: Beams, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and keys `[B, W, C]` of children `tokens [B, W, C]`; log_p `[B, W, C]`: over the whole vocabulary, -inf
@@ -55,7 +62,7 @@ class Ranking(Protocol):
         ...
 
 
-class ByProbability:
+class ByProbability(Ranking):
     """Beam search: by cumulative log-probability over the whole vocabulary, as transformers scores beams."""
 
     def __call__(self, parents: Beams, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +70,7 @@ class ByProbability:
         return score, score
 
 
-class ByGumbel:
+class ByGumbel(Ranking):
     """Stochastic Beams and Where to Find Them, 1903.06059, Algorithm 1: a draw of K sequences without replacement.
 
     φ is the log-probability of a prefix with each step renormalised over what the trie allows; G_φ = φ + Gumbel noise, and
@@ -77,6 +84,9 @@ class ByGumbel:
 
     def __init__(self, seeds: Tensor):
         self.seeds = seeds
+
+    def keep(self, rows: Tensor) -> Ranking:
+        return type(self)(self.seeds[rows])
 
     def __call__(self, parents: Beams, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         exists = log_p != -torch.inf  # NaN stays, to be found
@@ -95,7 +105,8 @@ class Search:
     """B rows being searched.
 
     prompts `[B, P]` long, each row's tokens first and its last one in the last column (`pack`); lengths: tokens in each;
-    widths: beams K of each row; alive: which trie nodes a row may use `[B, n]` bool, None for all.
+    widths: beams K of each row; alive: which trie nodes a row may use `[B, n]` bool, None for all. Rows that have finished
+    leave the batch; `found` are the beams of all.
     """
 
     trie: Trie
@@ -108,16 +119,47 @@ class Search:
     beams: Beams = field(init=False)
     levels: list[int] = field(init=False)
     """How many tokens of each row's beams are settled."""
+    found: Beams = field(init=False)
+    """The beams of the rows that are finished, `[B, K]`, in the order of the prompts."""
+    rows: Tensor = field(init=False)
+    """Which of the prompts the rows are that are left."""
 
     def __post_init__(self) -> None:
         rows, device = len(self.lengths), self.prompts.device
         start = torch.zeros(rows, 1, device=device)
         self.beams = Beams(torch.zeros(rows, 1, dtype=torch.long, device=device), start, start)
         self.levels = [0] * rows
+        nothing = start.new_full((rows, self.most), -torch.inf)
+        self.found = Beams(torch.zeros_like(nothing, dtype=torch.long), nothing, nothing.clone())
+        self.rows = torch.arange(rows, device=device)
 
     @property
     def finished(self) -> bool:
         return all(level == self.trie.depth for level in self.levels)
+
+    @property
+    def running(self) -> list[int]:
+        """The rows that are not finished."""
+        return [row for row, level in enumerate(self.levels) if level < self.trie.depth]
+
+    def settle(self) -> None:
+        """Enter the beams as found."""
+        width = self.beams.node.shape[1]
+        self.found.node[self.rows, :width] = self.beams.node
+        self.found.score[self.rows, :width] = self.beams.score
+        self.found.key[self.rows, :width] = self.beams.key
+
+    def keep(self, rows: list[int]) -> Tensor:
+        """Go on with these rows only, and no more beams than they have; returns their indices as a tensor."""
+        self.settle()
+        index = torch.tensor(rows, device=self.prompts.device)
+        self.lengths, self.widths, self.levels = (
+            [x[r] for r in rows] for x in (self.lengths, self.widths, self.levels)
+        )
+        self.prompts, self.rows, self.ranking = self.prompts[index], self.rows[index], self.ranking.keep(index)
+        self.alive = None if self.alive is None else self.alive[index]
+        self.beams = Beams(*(x[index, : self.most] for x in (self.beams.node, self.beams.score, self.beams.key)))
+        return index
 
     @property
     def remaining(self) -> int:
@@ -214,6 +256,13 @@ class BeamCache:
         shape = (len(self.base), width, self.search.trie.depth)
         return torch.full(shape, self.root, device=self.base.device)
 
+    def keep(self, index: Tensor, rows: list[int]) -> None:
+        """Go on with only the given rows, which are the search's now."""
+        assert self.target.cache is not None
+        self.target.cache.select_rows(index, rows)
+        self.base, self.in_prompt = self.base[index], self.in_prompt[index]
+        self.prompt_depth, self.depth = self.prompt_depth[index], self.depth[index]
+
     def rewind(self) -> None:
         """Forget all nodes."""
         self.size, self.depth = self.root + 1, self.prompt_depth
@@ -262,6 +311,10 @@ class BeamDrafter(Protocol):
         time those of the prompts, as packed, and of what was drafted."""
         ...
 
+    def keep(self, index: Tensor, rows: list[int]) -> None:
+        """Go on with only the given rows, which are the search's now."""
+        ...
+
 
 class Beam:
     """Beam search for K sequences of a trie, with drafts checked by `rule` (`strict_topk`, `relaxed_topk`).
@@ -307,6 +360,14 @@ class Beam:
                 with stats.timed("draft"):
                     drafting.observe(cache.hidden)
             stats.record(len(draft), gained, sum(level.node.shape[1] for level in draft))
+            rows = search.running
+            if 0 < len(rows) <= MOST_LEFT * len(gained):
+                index = search.keep(rows)
+                path = path[index, : search.most]
+                cache.keep(index, rows)
+                if drafting is not None:
+                    drafting.keep(index, rows)
+        search.settle()
 
     def score(
         self, cache: BeamCache, search: Search, draft: list[DraftLevel], path: Tensor

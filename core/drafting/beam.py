@@ -40,6 +40,13 @@ class LevelBeams:
 
     def begin(self, context: BeamContext) -> None:
         self.context, self.search = context, context.search
+        self.widen()
+
+    def keep(self, index: Tensor, rows: list[int]) -> None:
+        self.widen()
+
+    def widen(self) -> None:
+        """Take over the rows' numbers of beams."""
         widths = self.search.widths
         self.extra = [math.ceil(self.spread * k) - k for k in widths]
         self.limits = torch.tensor([widths, self.extra], device=self.search.prompts.device)[..., None]
@@ -123,6 +130,10 @@ class ModelBeams(LevelBeams):
         if self.inner.model.device != context.target.device:
             raise ConfigError(f"the draft model is on {self.inner.model.device}, the target on {context.target.device}")
         self.cache = BeamCache(make_target(self.inner.model), self.search)
+
+    def keep(self, index: Tensor, rows: list[int]) -> None:
+        super().keep(index, rows)
+        self.cache.keep(index, rows)
 
     def feed(self, *arguments: Any) -> Tensor:
         self.context.stats.draft_calls += 1

@@ -92,6 +92,10 @@ class HeadBeams(LevelBeams):
                 "some that reach further"
             )
 
+    def keep(self, index: Tensor, rows: list[int]) -> None:
+        super().keep(index, rows)
+        self.logits = None if self.logits is None else self.logits[index]
+
     def propose_levels(self, count: int) -> list[DraftLevel]:
         return [] if self.logits is None else super().propose_levels(count)
 

@@ -134,7 +134,7 @@ class Pipeline:
         stats = self.search(search)
         if progress is not None:
             progress(trie.depth)
-        rows = zip(search.beams.node.tolist(), search.beams.score.tolist(), filters, wanted, strict=True)
+        rows = zip(search.found.node.tolist(), search.found.score.tolist(), filters, wanted, strict=True)
         outputs = [items.recommendations(nodes, scores, f, count) for nodes, scores, f, count in rows]
         self.say_if_short(outputs, wanted, filters)
         return Result(outputs, stats)

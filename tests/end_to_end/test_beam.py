@@ -17,7 +17,7 @@ from polyspec.drafting.beam_heads import HeadBeams, block_logits
 from polyspec.drafting.dflash import DFlash, DFlashModel
 from polyspec.drafting.medusa import MedusaModel
 from polyspec.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
-from polyspec.target import make_target
+from polyspec.target import Target, make_target
 from polyspec.verification import TopK, relaxed_topk, strict_topk
 
 ITEMS = catalogue()
@@ -249,6 +249,21 @@ def test_the_relaxed_rule_is_reproducible_and_differs_between_seeds():
 
 
 # -- drafters ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_have_finished_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
+    rows = []
+    forward = Target.forward
+
+    def counted(self, tokens, *rest):
+        if self.model is target("llama"):
+            rows.append(len(tokens))
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(Target, "forward", counted)
+    found, _ = run(target("llama"), RAGGED, ITEMS, WIDTHS, DRAFTERS["model"]())
+    assert same(found, plain()[0])
+    assert rows[0] == 5 and rows == sorted(rows, reverse=True) and rows[-1] < 5
 
 
 def test_a_perfect_draft_model_needs_one_target_call():
