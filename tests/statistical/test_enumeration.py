@@ -262,14 +262,14 @@ def test_without_a_seed_every_batch_is_drawn_afresh() -> None:
 
 # -- rules and loops that are wrong ------------------------------------------------------------------------------------
 
-WRONG_SAMPLES = 20_000  # the mistakes below are gross
+WRONG_SAMPLES = 20_000  # most mistakes below are gross
 Patch = Callable[[pytest.MonkeyPatch], polyspec.CustomGenerate]
-WRONG: dict[str, tuple[str, Patch]] = {}
+WRONG: dict[str, tuple[str, int, Patch]] = {}
 
 
-def wrong(variant: str = "sampled") -> Callable[[Patch], Patch]:
+def wrong(variant: str = "sampled", samples: int = WRONG_SAMPLES) -> Callable[[Patch], Patch]:
     def register(patch: Patch) -> Patch:
-        WRONG[patch.__name__] = (variant, patch)
+        WRONG[patch.__name__] = (variant, samples, patch)
         return patch
 
     return register
@@ -387,7 +387,7 @@ def a_block_stops_at_its_first_failure(_: pytest.MonkeyPatch) -> polyspec.Custom
     return with_rule("block_verification", verifier=block_rule(stop_early=True, plain_residual=False))
 
 
-@wrong()
+@wrong(samples=SAMPLES)
 def a_block_draws_from_the_tokenwise_residual(_: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
     return with_rule("block_verification", verifier=block_rule(stop_early=False, plain_residual=True))
 
@@ -560,11 +560,12 @@ def a_rejected_window_token_is_drawn_from_p(patch: pytest.MonkeyPatch) -> polysp
 def a_window_moves_on_by_one_too_few(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
     original = jacobi.Jacobi.slide
 
-    def slide(self: Any, context: Any, y: Tensor, p: Tensor | None, shift: Tensor, width: int) -> Any:
-        x, q = original(self, context, y, p, shift, width)
+    def slide(self: Any, *args: Any) -> Any:
+        *others, p, shift, width = args
+        x, q = original(self, *args)
         if p is None:
             return x, q
-        _, late = original(self, context, y, p, shift - 1, width)
+        _, late = original(self, *others, p, shift - 1, width)
         return x, late
 
     patch.setattr(jacobi.Jacobi, "slide", slide)
@@ -696,7 +697,7 @@ def history_dependent_processors_see_the_committed_tokens_only(patch: pytest.Mon
     return made("prompt_lookup")
 
 
-@wrong()
+@wrong(samples=SAMPLES)
 def a_window_keeps_its_guess_but_claims_the_drafters_distribution(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
     original = jacobi.FromDrafter.__call__
 
@@ -725,6 +726,6 @@ def a_windows_siblings_are_not_drawn_from_the_stored_distribution(patch: pytest.
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_or_loop_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    variant, patch = WRONG[name]
+    variant, samples, patch = WRONG[name]
     exact_distribution(variant, PROMPTS[0])  # before anything is broken
-    assert p_value(patch(monkeypatch), variant, WRONG_SAMPLES) < THRESHOLD
+    assert p_value(patch(monkeypatch), variant, samples) < THRESHOLD
