@@ -12,6 +12,8 @@ from beam_search import beam_search, catalogue, same
 from tiny_models import build, noisy_copy, target
 
 import polyspec
+from polyspec.drafting.dflash import DFlashModel
+from polyspec.drafting.medusa import MedusaModel
 from polyspec.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from polyspec.modalities.recommendation.items import FILE, Items
 
@@ -148,6 +150,23 @@ def test_a_folder_is_all_it_takes(tmp_path: Path):
     assert relaxed(HISTORIES, seed=0).stats.guarantee == "heuristic"
     again = polyspec.pipeline("recommendation", target=tmp_path, device="cpu", dtype="float32", recipe="autoregressive")
     assert again(HISTORIES).stats.draft_calls == 0
+
+
+@pytest.mark.parametrize("kind", [MedusaModel, DFlashModel])
+def test_heads_on_the_target_draft_without_a_second_model(kind, tmp_path: Path):
+    kind.for_target(target("llama"), **({"heads": 3} if kind is MedusaModel else {"block": 5})).save_pretrained(
+        tmp_path
+    )
+    known = (target("llama"), items())
+    drafting = polyspec.pipeline("recommendation", target=known, overrides={"heads": str(tmp_path), "spread": 4})
+    assert drafting.method.recipe.name == "atspeed_s"
+    result = drafting(HISTORIES, k=K)
+    assert same(found(result), expected())
+    assert result.stats.draft_calls == 1
+    with pytest.raises(CheckpointError, match="trained for"):
+        polyspec.pipeline(
+            "recommendation", target=(build("llama", vocab=70), items()), overrides={"heads": str(tmp_path)}
+        )
 
 
 def test_histories_longer_than_the_context_lose_their_oldest_items():
