@@ -58,6 +58,11 @@ class Constraint:
         """`[B, T, V]` bool for the new tokens `index [B, T]`."""
         return self.sets[self.kinds[index.clamp(max=len(self.kinds) - 1)]]
 
+    def fit(self, tokens: Tensor, index: Tensor) -> Tensor:
+        """`tokens [B, T]`, those that may not stand at `index [B, T]` replaced by the first that may."""
+        kind = self.kinds[index.clamp(max=len(self.kinds) - 1)]
+        return torch.where(self.sets[kind, tokens], tokens, self.sets.long().argmax(1)[kind])
+
 
 class Processing:
     """Applies a constraint, then a `LogitsProcessorList` over drafted prefixes, in order. Scores are float32.

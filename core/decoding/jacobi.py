@@ -162,6 +162,9 @@ class Jacobi:
         start = self.init(context, drafter, guess, offset)
         fresh = source > last
         x = torch.where(fresh, start.tokens, guess).clamp(0, context.target.vocab_size - 1)
+        if (constraint := context.processing.constraint) is not None:
+            begun = context.sequences.length_tensor - context.sequences.prompt_length
+            x = constraint.fit(x, begun[:, None] + offset)
         if p is None:
             return x, start.probs  # the first window is all new
         q = p.gather(1, source.clamp(max=last)[..., None].expand(-1, -1, p.shape[-1]))
