@@ -77,7 +77,8 @@ def choose(
             f"choose one of: {', '.join(r.name for r in recipes(modality))}"
         )
     given = dict(overrides or {})
-    for need in chosen.needs if sample else ():
+    wanted = (*chosen.needs, *(chosen.takes if given.get("init") == "drafter" else ()))
+    for need in wanted if sample else ():
         if given.get(need) is None and (folder := shipped_drafter(sample, chosen, need)):
             given[need] = str(folder)
     return build(chosen, given)

@@ -88,11 +88,16 @@ def run(config: DictConfig) -> None:
         "arguments": arguments,
         "results": results(contestants, evaluate, plain, batches[0], arguments),
     }
+    if (settings.get("quality") or {}).get("path"):
+        report["quality"] = quality(config, contestants, settings["quality"], arguments, console)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "results.json") as path:
         path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     with whole_file(folder / "results.png") as path:
         plot(report, path)
+    if "quality" in report:
+        with whole_file(folder / "quality.png") as path:
+            plot_quality(report, path)
     console.print(table(report))
     console.print(f"wrote {folder / 'results.json'} and {folder / 'results.png'}", markup=False, highlight=False)
 
@@ -163,6 +168,23 @@ def results(
     return rows
 
 
+def quality(
+    config: DictConfig, contestants: Sequence[Contestant], settings: Mapping[str, Any], arguments: Any, console: Console
+) -> dict[str, dict[str, float]]:
+    """What the modality measures of each contestant's outputs (its module `quality`), printed as a table."""
+    pipes = {c.label: c.pipe for c in contestants if c.pipe is not None}
+    with console.status("drawing for the quality figures"):
+        found = pipelines.part_of(config.modality.name, "quality").bench_quality(
+            pipes, settings, arguments, config.seed
+        )
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    shown = Table("", *names, title="quality", title_justify="left")
+    for label, figures in found.items():
+        shown.add_row(label, *(f"{figures[n]:.3g}" if n in figures else "" for n in names))
+    console.print(shown)
+    return found
+
+
 def table(report: Mapping[str, Any]) -> Table:
     """The printed form of a report."""
     shown = Table(title=f"{report['modality']}, {report['device']}, {report['dtype']}", title_justify="left")
@@ -215,6 +237,27 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set_title(f"{report['modality']}, {report['dtype']} on {report['machine']['processor']}", fontsize=9)
     axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+def plot_quality(report: Mapping[str, Any], path: Path) -> None:
+    """Each measure of quality against the speed-up, a point a contestant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    speed = {r["label"]: r["speed_up"] for r in report["results"]}
+    found = {label: figures for label, figures in report["quality"].items() if label in speed}
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for label, figures in found.items():
+            axis.plot(speed[label], figures[name], "o")
+            axis.annotate(label, (speed[label], figures[name]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel("speed-up over transformers")
+        axis.set_ylabel(name)
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
 

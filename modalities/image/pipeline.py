@@ -13,7 +13,7 @@ from polyspec.api import decode, make_draws
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Processing
 from polyspec.errors import ConfigError, InputError
-from polyspec.modalities.image.sample import sample_path
+from polyspec.modalities.image.sample import NAME, sample_path
 from polyspec.modalities.image.target import adapter, make_image_target, model_class
 from polyspec.outputs import Result
 
@@ -35,7 +35,8 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ):
-        self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, overrides)
+        sample = NAME if pipelines.is_from(target, sample_path()) else None
+        self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, overrides, sample)
         if isinstance(target, tuple):
             self.model, self.processor = target
         else:

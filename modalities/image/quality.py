@@ -7,9 +7,10 @@ drawing the plain loop twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from polyspec.errors import ConfigError, InputError
+from polyspec.prompts import load_prompts
 
 
 class GroupClassifier(nn.Module):
@@ -101,16 +103,13 @@ def frechet_distance(reference: Tensor, pixels: Tensor, batch: int = 32) -> floa
     if min(len(reference), len(pixels)) < 2:
         raise InputError("the Fréchet distance needs two pictures of each set at least")
     helper = FidHelper(":default_1", INPUT_RANGE_TF)
-    features = [
-        np.concatenate(
-            [
-                helper.extract_feats(part.float(), (0, 255)).cpu().numpy().astype(np.float64)
-                for part in each.split(batch)
-            ]
-        )
-        for each in (reference, pixels)
-    ]
-    return gaussian_distance(*features)
+
+    def features(part: Tensor) -> np.ndarray:
+        found = helper.extract_feats(part.float(), (0, 255), helper.resize_hw, helper.resample_mode)
+        return np.asarray(found, np.float64)
+
+    sets = [np.concatenate([features(part) for part in each.split(batch)]) for each in (reference, pixels)]
+    return gaussian_distance(*sets)
 
 
 def gaussian_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -120,6 +119,49 @@ def gaussian_distance(a: np.ndarray, b: np.ndarray) -> float:
     left, right = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     root = np.linalg.svd(left @ right.T, compute_uv=False).sum()
     return float(mean @ mean + (left**2).sum() + (right**2).sum() - 2 * root)
+
+
+def bench_quality(
+    pipes: Mapping[str, Any], settings: Mapping[str, Any], arguments: Mapping[str, Any], seed: int
+) -> dict[str, dict[str, float]]:
+    """For each pipeline, by label: `agreement` of the classifier on what it draws and the Fréchet `distance` of that to
+    what the first one, the plain loop, draws with other seeds; under the label "real" the classifier's agreement on real
+    test pictures.
+
+    settings: path (a parquet file of labelled pictures, see polyspec.modalities.image.train.DataConfig), pictures (how
+    many each draws), batch, prompts (a name in samples/prompts; those of no known group are left out).
+    """
+    from polyspec.modalities.image.train import DataConfig, read_pictures
+
+    data = DataConfig(path=settings["path"])
+    real = read_pictures(data)
+    names = tuple(sorted(set(real.groups)))
+    labels = torch.tensor([names.index(g) for g in real.groups])
+    classifier = train_classifier(Labelled(real.pixels[~real.test], labels[~real.test], names))
+    group = dict(zip(real.captions, labels.tolist(), strict=True))
+    group |= {alias: group[name] for name, alias in data.aliases.items() if name in group}
+    prompts = [p for p in load_prompts(settings["prompts"]) if p in group]
+    if not prompts:
+        raise InputError(f"no prompt of {settings['prompts']} is a caption in {settings['path']}")
+    asked = [prompts[i % len(prompts)] for i in range(settings["pictures"])]
+    wanted = torch.tensor([group[p] for p in asked])
+
+    def draw(pipe: Any, first: int) -> Tensor:
+        step = settings["batch"]
+        parts = [asked[i : i + step] for i in range(0, len(asked), step)]
+        return as_pixels([i for k, p in enumerate(parts) for i in pipe(p, seed=first + k * step, **arguments).outputs])
+
+    found = {"real": {"agreement": agreement(classifier, real.pixels[real.test], labels[real.test])}}
+    reference = None
+    for label, pipe in pipes.items():
+        if reference is None:
+            reference = draw(pipe, seed + len(asked))
+        drawn = draw(pipe, seed)
+        found[label] = {
+            "agreement": agreement(classifier, drawn, wanted),
+            "distance": frechet_distance(reference, drawn),
+        }
+    return found
 
 
 def in_range(pixels: Tensor) -> Tensor:

@@ -33,12 +33,13 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """pixels [N,3,64,64] uint8; captions and styles, N strings each; test [N] bool."""
+    """pixels [N,3,64,64] uint8; captions, styles and groups, N strings each; test [N] bool."""
 
     pixels: Tensor
     captions: tuple[str, ...]
     styles: tuple[str, ...]
     test: Tensor
+    groups: tuple[str, ...] = ()
 
 
 def read_pictures(data: DataConfig) -> Pictures:
@@ -60,6 +61,7 @@ def read_pictures(data: DataConfig) -> Pictures:
         captions=tuple(table["caption"]),
         styles=tuple(table["style"]),
         test=torch.from_numpy(test.to_numpy(copy=True)),
+        groups=tuple(table["group"]),
     )
 
 
