@@ -143,11 +143,12 @@ class Search:
         return [row for row, level in enumerate(self.levels) if level < self.trie.depth]
 
     def settle(self) -> None:
-        """Enter the beams as found."""
-        width = self.beams.node.shape[1]
-        self.found.node[self.rows, :width] = self.beams.node
-        self.found.score[self.rows, :width] = self.beams.score
-        self.found.key[self.rows, :width] = self.beams.key
+        """Enter the beams as found, best first (a rule that samples returns them in another order)."""
+        beams = self.beams.take(self.beams.key.argsort(dim=1, descending=True, stable=True))
+        width = beams.node.shape[1]
+        self.found.node[self.rows, :width] = beams.node
+        self.found.score[self.rows, :width] = beams.score
+        self.found.key[self.rows, :width] = beams.key
 
     def keep(self, rows: list[int]) -> Tensor:
         """Go on with these rows only, and no more beams than they have; returns their indices as a tensor."""

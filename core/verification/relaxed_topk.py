@@ -1,7 +1,7 @@
 """Relaxed sampling verification of top-K drafts: what the target finds likely enough stands.
 
 Lin et al., "Efficient Inference for Large Language Model-based Generative Recommendation" (AtSpeed, ICLR 2025),
-arXiv 2410.05165, §3.2. With p and q the softmax of the cumulative log-probabilities of all candidates of a step, under
+arXiv 2410.05165. With p and q the softmax of the cumulative log-probabilities of all candidates of a step, under
 target and drafter, and N candidates drawn from q without replacement:
 
     keep each drafted y with probability min(1, p(y) / q(y));

@@ -1,7 +1,7 @@
 """Strict top-K verification: the drafts stand only if they hold all K of the target's best.
 
 Lin et al., "Efficient Inference for Large Language Model-based Generative Recommendation" (AtSpeed, ICLR 2025),
-arXiv 2410.05165, §3.1. A step of beam search ranks C candidates (surviving beams × what may follow them) by cumulative
+arXiv 2410.05165. A step of beam search ranks C candidates (surviving beams × what may follow them) by cumulative
 log-probability s:
 
     chosen = top-K of s under the target;  accepted iff chosen ⊆ drafted.

@@ -248,6 +248,15 @@ def test_the_relaxed_rule_is_reproducible_and_differs_between_seeds():
     assert not same(go(seed=1)[0], go(seed=2)[0])
 
 
+def test_a_relaxed_list_is_ranked_by_the_target_s_scores():
+    found, _ = run(target("llama"), RAGGED, ITEMS, WIDTHS, draft_for("model", relaxed_topk), rule=relaxed_topk)
+    for prompt, items in zip(RAGGED, found, strict=True):
+        exact = dict(exhaustive(target("llama"), prompt, ITEMS))
+        scores = [s for _, s in items]
+        assert scores == sorted(scores, reverse=True)
+        assert all(abs(exact[item] - s) < 1e-3 for item, s in items)
+
+
 # -- drafters ------------------------------------------------------------------------------------------------------------
 
 
