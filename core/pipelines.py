@@ -38,7 +38,7 @@ class Pipeline(Protocol):
 
 
 def pipeline(modality: str, **kwargs: Any) -> Any:
-    """The pipeline of `modality`: "text", "image", or one a plugin brings.
+    """The pipeline of `modality`: "text", "image", "recommendation", or one a plugin brings.
 
     target: a folder, hub id or loaded model; by default the modality's sample. recipe: a name out of
     `recipes(modality)`; by default the modality's best exact one. overrides: knobs of the recipe and what it needs.

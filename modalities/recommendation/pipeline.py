@@ -170,13 +170,13 @@ def rows_of(history: Any) -> list[list[int]]:
 
 def per_row(name: str, value: Any, rows: int) -> list[int]:
     """A whole number ≥ 1 for every row, from one or a list of them."""
-    values = [value] * rows if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence | np.ndarray) else [value] * rows
     if len(values) != rows:
         raise ConfigError(f"{name} has {len(values)} entries for {rows} histories; give one a history or one for all")
     for v in values:
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+        if isinstance(v, bool) or not isinstance(v, int | np.integer) or v < 1:
             raise ConfigError(f"{name} must be a whole number ≥ 1, got {v!r}")
-    return values
+    return [int(v) for v in values]
 
 
 def each(items: Any, rows: int, name: str) -> list[Any]:

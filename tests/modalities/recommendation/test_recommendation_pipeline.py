@@ -122,6 +122,11 @@ def test_sampled_lists_follow_the_seed_whatever_drafts_and_whoever_else_is_in_th
     assert found(pipe()(HISTORIES, k=K, do_sample=True, seed=6)) != found(plain)
 
 
+def test_numbers_from_numpy_will_do():
+    result = pipe()(np.array(HISTORIES[0]), k=np.int64(10), deny=np.array([1]))
+    assert found(result) == found(pipe()(HISTORIES[0], k=10, deny=[1]))
+
+
 def test_the_relaxed_recipe_is_fixed_by_its_seed():
     one, two, other = (found(pipe("atspeed_r")(HISTORIES, k=K, seed=s)) for s in (1, 1, 2))
     assert one == two != other
@@ -193,6 +198,13 @@ WRONG = {
     "a history and an item": (lambda: pipe()([[1], 4]), InputError, "not both"),
     "k = 0": (lambda: pipe()([1], k=0), ConfigError, "k must be"),
     "half a k": (lambda: pipe()([1], k=[2.5]), ConfigError, "k must be"),
+    "a k that is no number": (lambda: pipe()([1], k=None), ConfigError, "k must be"),
+    "a k in words": (lambda: pipe()([1], k="5"), ConfigError, "k must be"),
+    "beams that are no number": (lambda: pipe()([1], k=2, beams=2.5), ConfigError, "beams must be"),
+    "no history": (lambda: pipe()(None), InputError, "list of item ids"),
+    "histories in histories": (lambda: pipe()([[1], [[4]]]), InputError, "whole numbers"),
+    "a seed in words": (lambda: pipe()([1], seed="a"), ConfigError, "seed"),
+    "a filter in a filter": (lambda: pipe()([1], deny=[[[4]]]), InputError, "whole numbers"),
     "more than there are": (lambda: pipe()([1], k=61), InputError, "60 items there are"),
     "a billion": (lambda: pipe()([1], k=10**9), InputError, "60 items there are"),
     "k for other rows": (lambda: pipe()([[1], [4]], k=[3]), ConfigError, "1 entries for 2"),
