@@ -167,16 +167,3 @@ class ModelBeams(LevelBeams):
         self.path = self.cache.own(inherited, self.level + ahead, self.cache.next)
         depth = (self.level + ahead + 1)[:, None].expand_as(beams.node)
         return self.feed(beams.node, self.path, depth, beams.node.shape[1])
-
-
-def draft_beams(
-    *, draft_model: Any = None, heads: Any = None, spread: float = 2.0, sampled: bool = False
-) -> LevelBeams:
-    """The drafter for what the user handed over, one of both. ConfigError for both or none."""
-    if draft_model is not None and heads is None:
-        return ModelBeams(draft_model, spread, sampled)
-    if heads is not None and draft_model is None:
-        from polyspec.drafting.beam_heads import HeadBeams
-
-        return HeadBeams(heads, spread, sampled)
-    raise ConfigError("give draft_model=… or heads=…, one of them, to draft with")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyspec.decoding.beam import BeamContext, Beams, DraftLevel, Search
-from polyspec.drafting.beam import LevelBeams
+from polyspec.drafting.beam import LevelBeams, ModelBeams
 from polyspec.drafting.dflash import DFlashModel
 from polyspec.drafting.heads import HeadModel, TokenLayers, load_heads
 from polyspec.drafting.medusa import MedusaModel
@@ -108,3 +108,14 @@ class HeadBeams(LevelBeams):
         rows = torch.arange(len(level), device=under.device)
         now = self.logits[rows, level.clamp(0, self.logits.shape[1] - 1)]
         return now[:, None].expand(-1, beams.node.shape[1], -1)
+
+
+def draft_beams(
+    *, draft_model: Any = None, heads: Any = None, spread: float = 2.0, sampled: bool = False
+) -> LevelBeams:
+    """The drafter for what the user handed over, one of both. ConfigError for both or none."""
+    if draft_model is not None and heads is None:
+        return ModelBeams(draft_model, spread, sampled)
+    if heads is not None and draft_model is None:
+        return HeadBeams(heads, spread, sampled)
+    raise ConfigError("give draft_model=… or heads=…, one of them, to draft with")

@@ -131,7 +131,7 @@ def bench_quality(
     settings: path (a parquet file of labelled pictures, see polyspec.modalities.image.train.DataConfig), pictures (how
     many each draws), batch, prompts (a name in samples/prompts; those of no known group are left out).
     """
-    from polyspec.modalities.image.train import DataConfig, read_pictures
+    from polyspec.modalities.image.train.data import DataConfig, read_pictures
 
     data = DataConfig(path=settings["path"])
     real = read_pictures(data)

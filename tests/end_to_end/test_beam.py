@@ -12,8 +12,8 @@ from tiny_models import VOCAB, build, noisy_copy, target
 
 from polyspec.decoding.beam import Beam, ByGumbel
 from polyspec.drafting.base import NoDraft
-from polyspec.drafting.beam import ModelBeams, draft_beams
-from polyspec.drafting.beam_heads import HeadBeams, block_logits
+from polyspec.drafting.beam import ModelBeams
+from polyspec.drafting.beam_heads import HeadBeams, block_logits, draft_beams
 from polyspec.drafting.dflash import DFlash, DFlashModel
 from polyspec.drafting.medusa import MedusaModel
 from polyspec.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
