@@ -137,6 +137,8 @@ _COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], di
 SIZES = (1, 2, 3, 5, 9, 17, 33)
 NOMINAL_CALL = 0.03  # what one more token adds to a target call, in calls of one token
 NOMINAL_DRAFT = 0.1  # what drafting a token costs
+SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
+TRIES = 0.02  # of the time may go into them
 
 
 def call_costs(context: Context, most: int) -> dict[int, float]:
@@ -171,8 +173,8 @@ class Auto(Fixed):
     taken as it runs, relative to the target's in the same round. How many tokens a draft of length n makes the target
     score is seen as it runs too: n of a chain, all nodes of a tree that deep. Expected tokens of length n:
     1 + Σ_{i≤n} Π_{j≤i} α_j.
-    While zero wins, one short draft is tried now and then, at intervals that double, so that a workload that turns
-    predictable is noticed.
+    While zero wins, one short draft is tried now and then, so that a workload that turns predictable is noticed: at
+    intervals that double, and so seldom that it costs 2 % of the time at most.
 
     Where the output depends on how rounds are cut and a seed was given, so that it has to come out the same again, costs
     are the nominal ones (`NOMINAL_CALL`, `NOMINAL_DRAFT`) and nothing is carried over from earlier runs.
@@ -186,6 +188,7 @@ class Auto(Fixed):
         self.kept, self.tried = np.zeros(self.length), np.zeros(self.length)
         self.draft = np.zeros(5)  # discounted sums of 1, n, n², cost, n·cost over rounds with a draft
         self.scored = np.zeros(self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
+        self.wait = np.full(1, SHORTEST_WAIT)  # rounds between two tries while zero wins
 
     def begin(self, context: Context) -> None:
         self.context = context
@@ -194,30 +197,32 @@ class Auto(Fixed):
         if self.nominal:
             learnt = (self.kept, self.tried, self.draft, self.scored)
             self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
+            self.wait = np.full(1, SHORTEST_WAIT)
         else:  # what earlier runs taught is a start, worth ten rounds at most; in place, for a run's copy shares it
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft):
                 learnt *= trust
         self.before = (0.0, 0.0, 0, 0)
-        self.pause, self.wait = 0, 4
+        self.pause = int(self.wait[0]) if self.tried.any() else 0
 
     def next(self) -> int:
         stats = self.context.stats
         self.before = (stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls)
         if self.costs is None:
             self.costs = call_costs(self.context, self.length + 1)
-        if self.pause > 0:
-            self.pause -= 1
-            return 0
         count = np.arange(self.length + 1)
         tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(self.acceptance()))])
         cost = self.call_cost(1 + self.tokens_scored(count)) + np.where(count > 0, self.draft_cost(count), 0.0)
         best = int(np.argmax(tokens / cost))
-        if best == 0:
-            self.pause, self.wait = self.wait, min(self.wait * 2, 256)
-            return 1
-        self.wait = 4
-        return best
+        if best > 0:
+            self.wait[0], self.pause = SHORTEST_WAIT, 0
+            return best
+        if self.pause > 0:
+            self.pause -= 1
+            return 0
+        self.wait[0] = min(max(2 * self.wait[0], (cost[1] - cost[0]) / TRIES), LONGEST_WAIT)
+        self.pause = int(self.wait[0])
+        return 1
 
     def acceptance(self) -> np.ndarray:
         """α_i of every position: its own rate, drawn to the rate of all (0.7 before anything is known)."""
