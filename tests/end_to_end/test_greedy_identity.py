@@ -301,6 +301,8 @@ def test_some_drafts_were_kept_and_some_rolled_back(recipe: Recipe) -> None:
     """Identity would be cheap if nothing was ever accepted, or nothing ever rejected."""
     if recipe.name == "autoregressive":
         return
-    if not _proposed[recipe.name]:
-        run(recipe, target("gpt2"), prompts(4))
+    for family in DECODER_ONLY:  # untrained drafters are seldom right: what other tests saw here need not be enough
+        if 0 < _kept[recipe.name] < _proposed[recipe.name]:
+            break
+        run(recipe, target(family), prompts(4))
     assert 0 < _kept[recipe.name] < _proposed[recipe.name]
