@@ -95,7 +95,12 @@ def test_there_is_something_to_get_wrong() -> None:
         assert len(probs) == TOP**4 and sum(probs) == pytest.approx(1, abs=1e-4) and probs[-1] < 0.3
 
 
-@pytest.mark.parametrize("recipe", [*EXACT, *HEADS])
+IN_DEFAULT_RUN = ("autoregressive", "sjd", "scd_gs", "eagle", "dflash")  # the others take a minute more together
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=() if r in IN_DEFAULT_RUN else pytest.mark.slow) for r in (*EXACT, *HEADS)]
+)
 def test_pictures_have_the_models_distribution(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fits(recipe, monkeypatch) > THRESHOLD
 
