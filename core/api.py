@@ -111,6 +111,7 @@ class CustomGenerate:
                 "max_length or set max_new_tokens"
             )
         target = make_target(model, guidance)
+        target.keep_finished = bool(generation_config.return_dict_in_generate)
         pad = generation_config._pad_token_tensor
         emit = None if self.streamer is None else self.streamer.put
         sequences = Sequences(

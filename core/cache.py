@@ -98,6 +98,9 @@ class RaggedCache(Cache):
 
     `lengths[s]` is the number of tokens kept in row s, on the host. `capacity` (slots) is allocated at the first
     forward and grows when it must, so give the final length if it is known.
+
+    Rows that need no more forward passes can be dropped: then `lengths` and the buffers have only the rows `present`
+    (their numbers as they were first counted; None: all), while `rollback` goes on taking a length for every row.
     """
 
     layers: Any  # list[RaggedLayer]; transformers' own annotation is a union of everything a cache may hold
@@ -107,11 +110,14 @@ class RaggedCache(Cache):
         self.layer_class_to_replicate = lambda: RaggedLayer(self)  # type: ignore[assignment]
         self.capacity = max(int(capacity), 1)
         self._index: tuple[tuple[int, ...], int, Tensor, Tensor] | None = None
+        self.present: Tensor | None = None
+        self.numbers = list(range(streams))
         self.rollback([0] * streams)
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Keep the first `lengths[s]` tokens of each row. Also how tokens just written are accepted."""
-        self.lengths = list(lengths)
+        self.all_lengths = list(lengths)
+        self.lengths = self.all_lengths if self.present is None else [self.all_lengths[n] for n in self.numbers]
         self.longest = max(self.lengths)
         self.uniform = min(self.lengths) == self.longest
 
@@ -159,10 +165,26 @@ class RaggedCache(Cache):
             layer.values[rows, :, target] = layer.values[rows, :, source]
 
     def select_rows(self, rows: Tensor, host_rows: Sequence[int]) -> None:
-        """Keep only the given rows (a copy of what stays)."""
+        """Keep only the given rows (a copy of what stays), which are the cache's rows from now on."""
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.present, self.numbers = None, list(range(len(host_rows)))
         self.rollback([self.lengths[r] for r in host_rows])
+
+    def drop(self, going: Sequence[bool]) -> Tensor | None:
+        """Let go of rows that are not `going [S]`, if they are an eighth of those present: the copy costs about what a
+        few forward passes save. Returns which of the rows present stay, None if all do."""
+        stay = [i for i, n in enumerate(self.numbers) if going[n]]
+        if not stay or 8 * len(stay) > 7 * len(self.numbers):
+            return None
+        device = self.layers[0].keys.device if self.layers else None
+        index = torch.tensor(stay, device=device)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
+        self.numbers = [self.numbers[i] for i in stay]
+        self.present = torch.tensor(self.numbers, device=device)
+        self.rollback(self.all_lengths)
+        return index
 
     def padded(self, pads: Sequence[int]) -> DynamicCache:
         """The first `len(pads)` rows as a transformers cache to continue from, row s behind `pads[s]` slots of padding."""

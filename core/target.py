@@ -17,19 +17,18 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
 
 from polyspec.attention import grouped
 from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from polyspec.trees import Tree
+from polyspec.trees import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,7 @@ class Target:
         self.windows = attention_windows(self.config)
         self.extra: dict[str, Any] = {}
         self.wanted = 0
+        self.keep_finished = False  # whether rows that have stopped stay in the cache, for `past`
 
     @property
     def vocab_size(self) -> int:
@@ -105,7 +105,7 @@ class Target:
     def cache_lengths(self) -> list[int]:
         """Tokens kept in each stream's cache."""
         assert self.cache is not None
-        return self.cache.lengths
+        return self.cache.all_lengths
 
     # -- what a loop calls -------------------------------------------------------------------------------------------
 
@@ -161,20 +161,36 @@ class Target:
             self.wanted = 0
         return Output(output.logits[:, -wanted:], output.hidden)
 
-    def rollback(self, lengths: Sequence[int]) -> None:
-        """Keep the first `lengths[b]` tokens of each row: committed tokens but the last, padding not counted."""
+    def rollback(self, lengths: Sequence[int], running: Sequence[bool] | None = None) -> None:
+        """Keep the first `lengths[b]` tokens of each row: committed tokens but the last, padding not counted.
+
+        running: rows not running may leave the batch; what later forward passes return for them is arbitrary."""
         assert self.cache is not None
         if self.guidance is not None:
             # an unconditional row has another prompt, and so another length, but the same generated tokens
-            grown = [new - old for new, old in zip(lengths, self.cache.lengths, strict=False)]
-            others = zip(self.cache.lengths[len(lengths) :], grown, strict=True)
+            grown = [new - old for new, old in zip(lengths, self.cache_lengths, strict=False)]
+            others = zip(self.cache_lengths[len(lengths) :], grown, strict=True)
             lengths = [*lengths, *(max(n + g, 0) for n, g in others)]
         self.cache.rollback(lengths)
+        if running is not None and not all(running) and not self.keep_finished:
+            self.drop([*running] * (self.streams // self.rows))
+
+    def drop(self, running: Sequence[bool]) -> Tensor | None:
+        """Let go of the streams that are not `running [S]` where that pays. Returns which of those present stay, None
+        if all do; for overriding, where a model holds more than a key-value cache of each stream."""
+        assert self.cache is not None
+        return self.cache.drop(running)
+
+    def present(self, x: Tensor) -> Tensor:
+        """The rows of `x [S or B, …]` that are still in the batch."""
+        assert self.cache is not None
+        kept = self.cache.present
+        return x if kept is None else x[kept[kept < len(x)]]
 
     def keep_path(self, path: Tensor) -> None:
         """After a tree forward: move nodes `path [B, D]` to follow the kept tokens; `rollback` then keeps a prefix."""
         assert self.cache is not None
-        self.cache.keep_path(path if self.guidance is None else torch.cat([path, path]))
+        self.cache.keep_path(self.present(path if self.guidance is None else torch.cat([path, path])))
 
     def past(self, pads: Sequence[int]) -> Cache:
         """What transformers' `generate` would have left as `past_key_values` behind prompts with `pads` of padding."""
@@ -198,13 +214,29 @@ class Target:
     @torch.no_grad()
     def run(self, tokens: Tensor, tree: Tree | Layout | None, keep_logits: bool) -> Output:
         assert self.cache is not None
+        dropped = self.cache.present is not None
+        if dropped:
+            every, tokens = tokens, self.present(tokens)
+            if isinstance(tree, Tree) and tree.parents.dim() == 2:
+                tree = Tree(self.present(tree.parents), tree.height, tree.width)
         offsets, mask = self.layout(tokens.shape[1], tree, tokens.device)
         with grouped(self.config) if self.takes_attention else nullcontext():
             logits, hidden = self.call(tokens, offsets, mask, keep_logits)
         if logits is not None and self.guidance is not None:
-            logits = self.guidance.combine(logits[: self.rows], logits[self.rows :], self.guidance.scale)
+            half = len(tokens) // 2
+            logits = self.guidance.combine(logits[:half], logits[half:], self.guidance.scale)
         chosen = tuple(hidden[i] for i in self.hidden_layers) if self.hidden_layers else ()
+        if dropped:
+            among = self.among(len(every))
+            logits = None if logits is None else logits[among[: self.rows]]
+            chosen = tuple(h[among] for h in chosen)
         return Output(logits if logits is not None else tokens.new_empty(0), chosen)
+
+    def among(self, streams: int) -> Tensor:
+        """Where each stream `[S]` is among those present; streams that have left are given the first one's place."""
+        assert self.cache is not None and self.cache.present is not None
+        present = self.cache.present
+        return present.new_zeros(streams).scatter(0, present, torch.arange(len(present), device=present.device))
 
     def layout(self, new: int, tree: Tree | Layout | None, device: torch.device) -> tuple[Tensor, Any]:
         """Positions `[S, T]` and attention mask(s) `[S or 1, 1, T, K]` of `new` tokens behind the kept ones."""
@@ -253,7 +285,7 @@ class Target:
     def unconditional(self, tokens: Tensor) -> Tensor:
         """What the unconditional rows are fed with `tokens [B, T]`: the same, but for the end of their own prompts."""
         assert self.cache is not None
-        kept, prompt = self.cache.lengths[self.rows :], self.prompt_lengths[self.rows :]
+        kept, prompt = self.cache_lengths[self.rows :], self.prompt_lengths[self.rows :]
         if all(k >= p for k, p in zip(kept, prompt, strict=True)):
             return tokens
         kept, prompt = (torch.tensor(x, device=tokens.device)[:, None] for x in (kept, prompt))
@@ -295,6 +327,14 @@ class EncoderDecoderTarget(Target):
             raise InputError("past_key_values of an encoder-decoder model cannot be continued; leave them out")
         return super().prefill(tokens, mask, **kwargs)
 
+    def drop(self, running: Sequence[bool]) -> Tensor | None:
+        stay = super().drop(running)
+        if stay is not None:
+            for layer in self.cross.layers:
+                layer.keys, layer.values = layer.keys[stay], layer.values[stay]
+            self.extra.update({name: of_rows(value, stay) for name, value in self.extra.items()})
+        return stay
+
     def past(self, pads: Sequence[int]) -> Cache:
         return EncoderDecoderCache(super().past(pads), self.cross)
 
@@ -314,6 +354,15 @@ class EncoderDecoderTarget(Target):
             return_dict=True,
         )
         return out.logits if keep_logits else None, out.decoder_hidden_states
+
+
+def of_rows(value: Any, rows: Tensor) -> Any:
+    """`rows` of a tensor `[S, …]` or of all tensors in a transformers output."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, ModelOutput):
+        return type(value)(**{k: of_rows(v, rows) for k, v in value.items()})
+    return tuple(of_rows(v, rows) for v in value) if isinstance(value, tuple) else value
 
 
 def check_rollback(model: PreTrainedModel) -> None:

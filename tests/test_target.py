@@ -168,3 +168,37 @@ def test_packing_moves_real_tokens_to_the_front() -> None:
     assert counts == [12, 7, 1]
     for b, pad in enumerate(pads):
         assert packed[b, : counts[b]].tolist() == tokens[b, pad:].tolist()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("family", DECODER_ONLY)
+def test_rows_that_stopped_leave_the_batch_and_the_others_are_scored_as_before(family: str, guided: bool) -> None:
+    model = target(family)
+    tokens, mask, _ = ragged()
+    drafts, parents = text(3, len(PARENTS), seed=5), torch.tensor(PARENTS).expand(3, -1).contiguous()
+    answers, widths = [], []
+    for running in (None, [False, True, True], [False, True, False]):
+        guidance = Guidance(1.5, text(3, 4, seed=7)) if guided else None
+        wrapped = make_target(model, guidance, hidden_layers=(0, 1))
+        wrapped.prefill(tokens, mask, capacity=24)
+        wrapped.rollback(wrapped.cache_lengths[:3], running)
+        tree = wrapped.forward(torch.cat([tokens[:, -1:], drafts], dim=1), Tree(parents))
+        wrapped.keep_path(torch.tensor([[0, 1], [0, 2], [0, 1]]))
+        wrapped.rollback([n + 2 for n in wrapped.cache_lengths[:3]], running)
+        chain = wrapped.forward(drafts[:, :3])
+        assert wrapped.cache is not None and len(wrapped.cache_lengths) == wrapped.streams
+        answers.append([x[1] for x in (tree.logits, chain.logits, *chain.hidden)])
+        widths.append(wrapped.cache.layers[0].keys.shape[0])
+    assert widths == [n * (2 if guided else 1) for n in (3, 2, 1)]
+    for answer in answers[1:]:
+        for ours, theirs in zip(answer, answers[0], strict=True):
+            assert_close(ours, theirs)
+
+
+def test_rows_that_stopped_stay_if_the_cache_is_asked_for() -> None:
+    tokens, mask, _ = ragged()
+    wrapped = make_target(target("llama"))
+    wrapped.keep_finished = True
+    wrapped.prefill(tokens, mask, capacity=16)
+    wrapped.rollback(wrapped.cache_lengths, [False, True, True])
+    assert wrapped.past([0, 5, 11]).layers[0].keys.shape[0] == 3

@@ -45,7 +45,7 @@ class Chain:
                 if target.lockstep:
                     verdict = in_lockstep(verdict, draft.tokens, sequences.running_tensor)
                 gained = sequences.commit(draft.tokens, verdict, scores.amax(-1))
-                target.rollback(sequences.cached)
+                target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
                 drafter.observe(output.hidden, verdict.accepted)
             stats.record(draft.tokens.shape[1], gained)

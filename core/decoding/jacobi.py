@@ -139,7 +139,7 @@ class Jacobi:
                     shift = fewest(shift, sequences.running_tensor)
                 verdict = Verdict(shift, y.gather(1, shift[:, None])[:, 0])
                 gained = sequences.commit(x, verdict, scores.amax(-1))
-                target.rollback(sequences.cached)
+                target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
                 drafter.observe(output.hidden, shift)
             stats.record(width, gained)

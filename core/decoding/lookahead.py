@@ -94,7 +94,7 @@ class Lookahead:
                 best = scores.amax(-1).gather(1, kept)
                 gained = sequences.commit(drafted, Verdict(accepted, token), best, also=grams.flatten(1))
                 target.keep_path(kept[:, : max(gained)])
-                target.rollback(sequences.cached)
+                target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
                 for pool, flat in zip(pools, sequences.also, strict=True):
                     for column in range(self.window):

@@ -91,7 +91,7 @@ class ProactiveJacobi(Jacobi):
                 gained = sequences.commit(drafted, Verdict(shift, next_token), best)
                 if shape.side:
                     target.keep_path(offsets[:, : max(gained)])
-                target.rollback(sequences.cached)
+                target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
                 drafter.observe(along(output.hidden, offsets[:, : max(gained)]), shift)
             stats.record(width, gained, tokens.shape[1])

@@ -53,7 +53,7 @@ class TreeLoop:
                 best = scores.amax(-1).gather(1, kept)
                 gained = sequences.commit(drafted, verdict, best)
                 target.keep_path(kept[:, : max(gained)])
-                target.rollback(sequences.cached)
+                target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
                 drafter.observe(along(output.hidden, kept[:, : max(gained)]), verdict.accepted)
             stats.record(tree.height, gained, tree.size)

@@ -350,10 +350,10 @@ class GlmImageTarget(ImageTarget):
 
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
         if self.places is not None:
-            prompt = torch.tensor(self.prompt_lengths, device=positions.device)[:, None]
+            prompt = self.present(torch.tensor(self.prompt_lengths, device=positions.device))[:, None]
             column = torch.where(positions < prompt, positions, self.width + positions - prompt)
             column = column.clamp(max=self.places.shape[2] - 1).expand(3, len(prompt), -1)
-            positions = self.places.gather(2, column)
+            positions = self.present(self.places.transpose(0, 1)).transpose(0, 1).gather(2, column)
         return super().call(tokens, positions, mask, keep_logits)
 
 
