@@ -3,7 +3,8 @@
 For every batch of prompts each contestant runs in turn, so that a machine whose speed drifts slows all of them alike;
 what is reported are medians of the ratios taken batch by batch. Beside each speed-up stands its ceiling,
 `tokens per call × time of a 1-token call / time of an N-token call` with all three measured in the same run, and
-`efficiency = speed-up / ceiling`: how much of the possible gain the loop and the drafter leave.
+`efficiency = speed-up / ceiling`: how much of the possible gain the loop and the drafter leave. Where drafts are drawn,
+the share that is accepted stands beside 1 − TV(p, q), the most that a lossless rule can accept of this drafter's.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from polyspec import pipelines
+from polyspec.bench.overlap import watched
 from polyspec.errors import InputError
 from polyspec.metrics import DecodingStats
 from polyspec.tasks import make_pipeline, whole_file
+
+WATCHED = 4  # batches on which acceptance is counted beside 1 − TV
 
 
 @dataclass(slots=True)
@@ -38,6 +42,7 @@ class Contestant:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of this contestant alone
     seconds: list[float] = field(default_factory=list)
     stats: list[DecodingStats] = field(default_factory=list)
+    overlap: tuple[float, float] | None = None  # of drawn drafts: share accepted, 1 − TV(p, q)
 
     @property
     def tokens_per_call(self) -> float:
@@ -70,7 +75,7 @@ def run(config: DictConfig) -> None:
         contestants.append(contestant(config, entry, loaded))
     arguments = {**settings["arguments"], **{k: v for k, v in config.sampling.items() if v is not None}}
     with Progress(console=console, transient=True) as bar:
-        job = bar.add_task("bench", total=(settings["repeats"] * len(batches) + 1) * len(contestants))
+        job = bar.add_task("bench", total=(settings["repeats"] * len(batches) + 2) * len(contestants) - 2)
         for number, batch in enumerate([batches[0], *(batches * settings["repeats"])]):
             for c in contestants:
                 seconds, stats = measure(c, evaluate, plain, batch, arguments, config.seed)
@@ -78,6 +83,9 @@ def run(config: DictConfig) -> None:
                     c.seconds.append(seconds)
                     c.stats.append(stats)
                 bar.advance(job)
+        for c in contestants[2:]:  # counting takes time, so not in the runs that are timed
+            c.overlap = overlap(c, batches[:WATCHED], arguments, config.seed)
+            bar.advance(job)
     report = {
         "machine": machine(),
         "modality": config.modality.name,
@@ -136,6 +144,20 @@ def measure(
     return (time.perf_counter() - start) / max(stats.new_tokens, 1), stats
 
 
+def overlap(
+    c: Contestant, batches: Sequence[Sequence[str]], arguments: Mapping[str, Any], seed: int
+) -> tuple[float, float] | None:
+    """The share of drawn drafts that is accepted and 1 − TV(p, q), over `batches`; None where none are drawn."""
+    if c.pipe is None:
+        return None
+    with watched(c.pipe.method.loop) as seen:
+        for batch in batches:
+            c.pipe(list(batch), seed=seed, **{**arguments, **c.arguments})
+            if seen.figures is None:
+                break
+    return seen.figures
+
+
 def results(
     contestants: Sequence[Contestant], evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -161,6 +183,8 @@ def results(
                 "tokens_per_second": 1 / statistics.median(c.seconds),
                 "acceptance_rate": sum(s.accepted_tokens for s in c.stats)
                 / max(1, sum(s.proposed_tokens for s in c.stats)),
+                "accepted_of_tried": None if c.overlap is None else c.overlap[0],
+                "one_minus_tv": None if c.overlap is None else c.overlap[1],
                 "runs": [s.to_dict() for s in c.stats],
                 "seconds_per_token": c.seconds,
             }
@@ -197,6 +221,7 @@ def table(report: Mapping[str, Any]) -> Table:
         "scored\n/call",
         "ceil-\ning",
         "effi-\nciency",
+        "kept/\n1−TV",
         "tokens\n/s",
     )
     for column in columns:
@@ -211,6 +236,7 @@ def table(report: Mapping[str, Any]) -> Table:
             f"{r['tokens_scored_per_call']:.1f}" if own else "",
             f"{r['ceiling']:.2f}×" if own else "",
             f"{r['efficiency']:.2f}" if own else "",
+            "" if r["one_minus_tv"] is None else f"{r['accepted_of_tried']:.2f}\n{r['one_minus_tv']:.2f}",
             f"{r['tokens_per_second']:.1f}",
         )
         shown.add_row(r["label"], r["guarantee"], *figures)

@@ -69,31 +69,37 @@ def generate_corpus(
     tokens: int = 200_000,
     batch: int = 32,
     max_new_tokens: int = 160,
-    temperature: float = 0.8,
+    temperature: float | Sequence[float] = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Corpus:
     """Let `model` continue `prompts` (token lists, over and over, each time with new noise) until it made `tokens`.
 
-    A shard is written after every batch. Row i of the corpus continues prompt i mod len(prompts), and a batch's noise is
-    seeded by its first row, so the corpus does not depend on where it was interrupted. Raises InputError without
-    prompts, CheckpointError if `folder` holds a corpus made with other settings.
+    temperature: 0 for the likeliest tokens; several are used in turn, one a pass over the prompts. A shard is written
+    after every batch. Row i of the corpus continues prompt i mod len(prompts), and a batch's noise is seeded by its first
+    row, so the corpus does not depend on where it was interrupted. Raises InputError without prompts, CheckpointError if
+    `folder` holds a corpus made with other settings.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise InputError("no prompts to continue: give at least one, and none of them empty")
-    knobs = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    temperatures = [*temperature] if isinstance(temperature, Sequence) else [temperature]
+    knobs = {"max_new_tokens": max_new_tokens, "top_k": top_k, "top_p": top_p}
     settings = {
         "prompts": sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest(),
         "vocab_size": model.config.get_text_config(decoder=True).vocab_size,
         "batch": batch,
-        **knobs,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperatures if len(temperatures) > 1 else temperatures[0],
+        "top_k": top_k,
+        "top_p": top_p,
         "seed": seed,
     }
 
     def draw(first: int) -> tuple[list[np.ndarray], list[int]]:
         rows = [list(prompts[i % len(prompts)]) for i in range(first, first + batch)]
-        return continue_prompts(model, rows, seed + first, knobs), [len(r) for r in rows]
+        now = temperatures[first // len(prompts) % len(temperatures)]
+        return continue_prompts(model, rows, seed + first, {**knobs, "temperature": now}), [len(r) for r in rows]
 
     return grow_corpus(folder, settings, tokens, draw)
 
@@ -125,7 +131,9 @@ def grow_corpus(
 def continue_prompts(
     model: PreTrainedModel, prompts: list[list[int]], seed: int, knobs: dict[str, Any]
 ) -> list[np.ndarray]:
-    """One batch: prompts and what the plain loop samples after them, up to and including end-of-sequence."""
+    """One batch: prompts and what the plain loop samples after them, up to and including end-of-sequence.
+
+    knobs: generate's; temperature 0 takes the likeliest token."""
     import polyspec
     from polyspec.decoding.chain import Chain
     from polyspec.verification import speculative_sampling
@@ -139,7 +147,10 @@ def continue_prompts(
     # noise for every token, which the recipe shares with others, costs more here than the rest of drawing
     plain.method = replace(plain.method, loop=Chain(speculative_sampling), draws="independent")
     generate: Any = model.generate
-    out = generate(ids, attention_mask=mask, do_sample=True, pad_token_id=pad, custom_generate=plain, **knobs)
+    sampling = {"do_sample": True, **knobs}
+    if not knobs["temperature"]:
+        sampling = {"do_sample": False, "max_new_tokens": knobs["max_new_tokens"]}
+    out = generate(ids, attention_mask=mask, pad_token_id=pad, custom_generate=plain, **sampling)
     ends = config.eos_token_id if config else None
     stops = np.atleast_1d(np.asarray([] if ends is None else ends))
     rows = []

@@ -18,6 +18,7 @@ from polyspec.drafting.dflash import DFlashModel
 from polyspec.drafting.eagle import EagleModel
 from polyspec.drafting.heads import TokenLayers
 from polyspec.drafting.medusa import MedusaModel
+from polyspec.modalities.text.own_data import DataSource, mixed, opening
 from polyspec.target import make_target
 from polyspec.training import (
     Corpus,
@@ -177,6 +178,38 @@ def test_a_corpus_does_not_depend_on_where_its_making_was_interrupted(tmp_path: 
         assert whole.row(i)[: whole.prompts[i]].tolist() == PROMPTS[i % len(PROMPTS)]
     with pytest.raises(polyspec.CheckpointError, match="seed=5"):
         generate_corpus(model, PROMPTS, tmp_path / "whole", tokens=100, **{**knobs, "seed": 6})
+
+
+def test_several_temperatures_are_used_in_turn_a_pass_over_the_prompts_each(tmp_path: Path) -> None:
+    knobs = {"batch": 4, "max_new_tokens": 9, "tokens": 140}
+    corpus = generate_corpus(target("llama"), PROMPTS, tmp_path, temperature=[0.0, 3.0], **knobs)
+    likeliest = []
+    for i in range(len(corpus)):
+        prompt = corpus.row(i)[None, : corpus.prompts[i]]
+        greedy = target("llama").generate(prompt, do_sample=False, max_new_tokens=9, pad_token_id=0)[0]
+        ends = (greedy[len(prompt[0]) :] == 1).nonzero()
+        until = len(prompt[0]) + int(ends[0]) + 1 if len(ends) else len(greedy)
+        likeliest.append(torch.equal(corpus.row(i), greedy[:until]))
+    assert len(corpus) >= 12
+    assert all(likeliest[:4] + likeliest[8:12])
+    assert not any(likeliest[4:8])
+    with pytest.raises(polyspec.CheckpointError, match="temperature"):
+        generate_corpus(target("llama"), PROMPTS, tmp_path, temperature=0.5, **knobs)
+
+
+def test_a_chat_model_asks_itself_more_prompts(tmp_path: Path) -> None:
+    model, words = target("llama"), tokenizer()
+    words.chat_template = "{% for m in messages %}a {{ m.content }} b {% endfor %}c"
+    source = DataSource.__new__(DataSource)
+    source.model, source.tokenizer, source.texts = model, words, ["a b"]
+    assert words.decode(opening(words)) == "a"
+    asked = source.ask(3, tmp_path, batch=64, seed=0)
+    assert len(set(asked)) == 3
+    assert source.ask(2, tmp_path, batch=64, seed=0) == asked[:2]  # kept, not asked again
+    words.chat_template = None
+    with pytest.raises(polyspec.ConfigError, match="chat template"):
+        source.ask(9, tmp_path, batch=64, seed=0)
+    assert mixed(["a", "b"], ["1", "2", "3", "4"]) == ["a", "1", "2", "b", "3", "4"]
 
 
 def test_a_trimmed_vocabulary_holds_the_most_frequent_generated_tokens() -> None:
