@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,16 +30,19 @@ def generate(config: DictConfig) -> None:
     """Make what the prompt asks for, write it, print one table."""
     from transformers.utils import logging
 
-    prompts = as_list(config.prompt)
+    prompts = requests(config)
     logging.disable_progress_bar()  # loading takes a moment; the bar here is over tokens
     console = Console()
     check_output(config.output)
     pipe = make_pipeline(config, config.recipe.name if config.get("recipe") else None)
     arguments = {
-        **OmegaConf.to_container(config.modality.get("arguments", {})),  # type: ignore[dict-item]
+        **OmegaConf.to_container(config.modality.get("arguments", {}), resolve=True),  # type: ignore[dict-item]
         **{k: v for k, v in config.sampling.items() if v is not None},
         "seed": config.seed,
     }
+    takes = inspect.signature(pipe.__call__).parameters
+    if unused := [name for name in arguments if name not in takes]:
+        raise ConfigError(f"{unused[0]} does not apply to {config.modality.name}; leave it out")
     plain = None
     if config.compare:
         baseline = make_pipeline(config, "autoregressive")
@@ -44,10 +50,12 @@ def generate(config: DictConfig) -> None:
         plain = with_progress(console, "plain", baseline, prompts, arguments)
         pipe(prompts, **arguments)
     result = with_progress(console, pipe.method.recipe.name, pipe, prompts, arguments)
-    paths = write_outputs(result, config.output, prompts[0], plain)
+    paths = write_outputs(result, config.output, str(prompts[0]), plain)
     console.print(summary(result, plain))
     for text in (o for o in result.outputs if isinstance(o, str)):
         console.print(text, markup=False)
+    for number, ranked in enumerate(o for o in result.outputs if isinstance(o, list)):
+        console.print(ranking(ranked, f"history {number}" if len(result.outputs) > 1 else None))
     for path in paths:
         console.print(f"wrote {path}", markup=False, highlight=False)
 
@@ -75,6 +83,20 @@ def make_pipeline(config: DictConfig, recipe: str | None, target: Any = None) ->
         raise unknown("modality", name, {e.name for e in entry_points(group="polyspec.modalities")})
     target = config.target if target is None else target
     return pipeline(name, target=target, recipe=recipe, overrides=overrides, device=config.device, dtype=config.dtype)
+
+
+def requests(config: DictConfig) -> list[Any]:
+    """What is asked for: prompts, or what the modality asks for in their place. InputError if there is nothing."""
+    asks = config.modality.get("asks", "prompt")
+    if asks == "prompt":
+        return as_list(config.prompt)
+    if config.prompt is not None:
+        raise InputError(f"{config.modality.name} takes no prompt; set {asks}=…")
+    found = config[asks]
+    given = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    if not isinstance(given, list) or not given:
+        raise InputError(f'no {asks}; give a list of ids, e.g. {asks}="[1,50,181]"')
+    return given if all(isinstance(one, list) for one in given) else [given]
 
 
 def as_list(prompt: Any) -> list[str]:
@@ -119,6 +141,14 @@ def summary(result: Result, plain: Result | None = None) -> Table:
     return table
 
 
+def ranking(items: list[Any], title: str | None = None) -> Table:
+    """A list of recommendations, best first."""
+    shown = Table("", "item", "title", "score", title=title, title_justify="left")
+    for rank, item in enumerate(items, 1):
+        shown.add_row(str(rank), str(item.item_id), item.title or "", f"{item.score:.3f}")
+    return shown
+
+
 def check_output(output: str | None) -> None:
     """Refuse a place that cannot be written before any work starts."""
     folder = Path(output).parent if output else Path()
@@ -153,8 +183,15 @@ def current_umask() -> int:
 
 
 def write_outputs(result: Result, output: str | None, prompt: str, plain: Result | None) -> list[Path]:
-    """Write the pictures: each one, several also as a contact sheet, and beside plain ones if there are. Returns paths."""
+    """Write the pictures: each one, several also as a contact sheet, and beside plain ones if there are; or lists, as
+    JSON, if `output` is given. Returns paths."""
     from PIL import Image
+
+    lists = [o for o in result.outputs if isinstance(o, list)]
+    if lists and output:
+        with whole_file(Path(output)) as temporary:
+            temporary.write_text(json.dumps([[asdict(r) for r in o] for o in lists], indent=1) + "\n", encoding="utf-8")
+        return [Path(output)]
 
     pictures = [o for o in result.outputs if isinstance(o, Image.Image)]
     if not pictures:

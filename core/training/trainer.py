@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,20 +137,20 @@ class Clock(TrainerCallback):
         self.before, self.averages = note["seconds"], note["averages"]
 
 
-class HeadTrainer(Trainer):
-    """Minimises `objective(model, layers, batch)["loss"]`."""
+class ObjectiveTrainer(Trainer):
+    """Minimises `objective(model, batch)["loss"]`, in mixed precision unless `low` is float32."""
 
-    def __init__(self, model: nn.Module, objective: Objective, layers: TokenLayers, clock: Clock, **kwargs: Any):
-        super().__init__(model=model, callbacks=[clock], data_collator=collate, **kwargs)
-        self.objective, self.layers, self.clock = objective, layers, clock
+    def __init__(
+        self, model: nn.Module, objective: Callable[..., dict[str, Tensor]], clock: Clock, low: torch.dtype, **kwargs: Any
+    ):
+        super().__init__(model=model, callbacks=[clock], **kwargs)
+        self.objective, self.clock, self.low = objective, clock, low
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        low = self.layers.dtype
-        inputs["hidden"] = tuple(h.to(low) for h in inputs["hidden"])
         # around all of the objective: Trainer's own autocast covers the model's forward alone
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=low != torch.float32):
-            found = self.objective(model, self.layers, inputs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.low != torch.float32):
+            found = self.objective(model, inputs)
         self.clock.note({k: v.detach() for k, v in found.items()}, self.state.global_step)
         return found["loss"]
 
@@ -175,13 +175,41 @@ def train_head(
 ) -> dict[str, float]:
     """Train `model` to draft for `target`, or continue from the last checkpoint in `output`/checkpoints; save it to
     `output` in the target's dtype. Returns the running averages of losses and accuracies at the end."""
+    target.model.requires_grad_(False)
+    low = target.model.dtype
+
+    def begin(model: PreTrainedModel) -> Callable[..., dict[str, Tensor]]:
+        layers = TokenLayers(target, getattr(model, "vocab_map", None))
+
+        def losses(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+            batch["hidden"] = tuple(h.to(layers.dtype) for h in batch["hidden"])
+            return objective(model, layers, batch)
+
+        return losses
+
+    return fit(model, begin, Rows(corpus, features), collate, schedule, output, target.device, low)
+
+
+def fit(
+    model: PreTrainedModel,
+    begin: Callable[[PreTrainedModel], Callable[..., dict[str, Tensor]]],
+    data: Dataset[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    schedule: Schedule,
+    output: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Train `model` on `data`, or continue from the last checkpoint in `output`/checkpoints; save it to `output` in
+    `dtype`. begin: asked once the weights are as training starts with them, for `losses(model, batch)`. Returns the
+    running averages of losses and accuracies at the end, steps and seconds."""
     output = Path(output)
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     clock = Clock(schedule, type(model).__name__)
     if last is not None:
         clock.resume(last)
-    low = target.model.dtype
+    on_cpu = torch.device(device).type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=schedule.batch,
@@ -190,7 +218,7 @@ def train_head(
         weight_decay=schedule.weight_decay,
         adam_beta2=0.95,
         seed=schedule.seed,
-        use_cpu=target.device.type == "cpu",
+        use_cpu=on_cpu,
         save_strategy="no",  # the clock saves
         save_total_limit=1,
         logging_strategy="no",
@@ -198,21 +226,20 @@ def train_head(
         report_to="none",
         remove_unused_columns=False,
         label_names=[],
-        dataloader_pin_memory=target.device.type != "cpu",
+        dataloader_pin_memory=not on_cpu,
     )
-    target.model.requires_grad_(False)
     if last is not None:  # before anything is derived from the head: what it predicts is stored with it
         load(lambda file: load_model(model, str(file), strict=False), Path(last) / SAFE_WEIGHTS_NAME)
-    layers = TokenLayers(target, getattr(model, "vocab_map", None))
-    trainer = HeadTrainer(
-        model.float().train(), objective, layers, clock, args=arguments, train_dataset=Rows(corpus, features)
+    losses = begin(model)
+    trainer = ObjectiveTrainer(
+        model.float().train(), losses, clock, dtype, args=arguments, train_dataset=data, data_collator=collate
     )
     trainer.remove_callback(PrinterCallback)
     done = 0 if last is None else int(last.rpartition("-")[2])
     if last is None or schedule.spent(done, clock.before) < 1:
         trainer.train(resume_from_checkpoint=last)
         done = trainer.state.global_step
-    model.to(low).eval().save_pretrained(output)  # type: ignore[call-overload]
+    model.to(dtype).eval().save_pretrained(output)  # type: ignore[call-overload]
     summary = {**clock.averages, "steps": float(done), "seconds": clock.seconds}
     (output / "training.json").write_text(json.dumps(summary, indent=1))
     return summary
