@@ -5,6 +5,7 @@ what is reported are medians of the ratios taken batch by batch. Beside each spe
 `tokens per call × time of a 1-token call / time of an N-token call` with all three measured in the same run, and
 `efficiency = speed-up / ceiling`: how much of the possible gain the loop and the drafter leave. Where drafts are drawn,
 the share that is accepted stands beside 1 − TV(p, q), the most that a lossless rule can accept of this drafter's.
+Recipes that promise the plain loop's own tokens (temperature 0, shared Gumbel noise) are compared with it output by output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class Contestant:
     seconds: list[float] = field(default_factory=list)
     stats: list[DecodingStats] = field(default_factory=list)
     overlap: tuple[float, float] | None = None  # of drawn drafts: share accepted, 1 − TV(p, q)
+    outputs: list[str] = field(default_factory=list)  # fingerprints, in the order of the prompts and runs
 
     @property
     def tokens_per_call(self) -> float:
@@ -78,10 +81,11 @@ def run(config: DictConfig) -> None:
         job = bar.add_task("bench", total=(settings["repeats"] * len(batches) + 2) * len(contestants) - 2)
         for number, batch in enumerate([batches[0], *(batches * settings["repeats"])]):
             for c in contestants:
-                seconds, stats = measure(c, evaluate, plain, batch, arguments, config.seed)
+                seconds, stats, outputs = measure(c, evaluate, plain, batch, arguments, config.seed)
                 if number > 0:  # the first batch warms up
                     c.seconds.append(seconds)
                     c.stats.append(stats)
+                    c.outputs += outputs
                 bar.advance(job)
         for c in contestants[2:]:  # counting takes time, so not in the runs that are timed
             c.overlap = overlap(c, batches[:WATCHED], arguments, config.seed)
@@ -94,7 +98,7 @@ def run(config: DictConfig) -> None:
         "seed": config.seed,
         "settings": settings,
         "arguments": arguments,
-        "results": results(contestants, evaluate, plain, batches[0], arguments),
+        "results": results(contestants, evaluate, plain, batches[0], arguments, settings.get("large_target")),
     }
     if (settings.get("quality") or {}).get("path"):
         report["quality"] = quality(config, contestants, settings["quality"], arguments, console)
@@ -103,10 +107,15 @@ def run(config: DictConfig) -> None:
         path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     with whole_file(folder / "results.png") as path:
         plot(report, path)
+    if any(r["accepted_by_position"] for r in report["results"]):
+        with whole_file(folder / "positions.png") as path:
+            plot_positions(report, path)
     if "quality" in report:
         with whole_file(folder / "quality.png") as path:
             plot_quality(report, path)
     console.print(table(report))
+    for line in notes(report):
+        console.print(line, markup=False, highlight=False)
     console.print(f"wrote {folder / 'results.json'} and {folder / 'results.png'}", markup=False, highlight=False)
 
 
@@ -129,9 +138,10 @@ def contestant(config: DictConfig, entry: Any, loaded: tuple[Any, Any]) -> Conte
 
 def measure(
     c: Contestant, evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any], seed: int
-) -> tuple[float, DecodingStats]:
-    """Seconds a token of one run, and its stats."""
+) -> tuple[float, DecodingStats, list[str]]:
+    """Seconds a token of one run, its stats, and a fingerprint of each output (none of transformers' own)."""
     arguments = {**arguments, **c.arguments}
+    made: list[Any] = []
     synchronise()
     start = time.perf_counter()
     if c.pipe is None:
@@ -139,9 +149,41 @@ def measure(
         tokens = evaluate.transformers_generate(plain, batch, **arguments)
         stats = DecodingStats(recipe=c.label, new_tokens=tokens)
     else:
-        stats = c.pipe(list(batch), seed=seed, **arguments).stats
+        result = c.pipe(list(batch), seed=seed, **arguments)
+        stats, made = result.stats, result.outputs
     synchronise()
-    return (time.perf_counter() - start) / max(stats.new_tokens, 1), stats
+    seconds = (time.perf_counter() - start) / max(stats.new_tokens, 1)
+    return seconds, stats, [sha256(o.tobytes() if hasattr(o, "tobytes") else repr(o).encode()).hexdigest() for o in made]
+
+
+def positions(stats: Sequence[DecodingStats]) -> list[float]:
+    """Share accepted of the drafts at each position that were tried: those with nothing rejected before them."""
+    depth = max((len(s.proposed_by_position) for s in stats), default=0)
+    tried, kept = [0] * depth, [0] * depth
+    for s in stats:
+        for i, (t, k) in enumerate(zip(s.proposed_by_position, s.accepted_by_position, strict=True)):
+            tried[i] += t
+            kept[i] += k
+    return [k / t if t else 0.0 for k, t in zip(kept, tried, strict=True)]
+
+
+def same_outputs(c: Contestant, loop: Contestant, do_sample: bool | None) -> float | None:
+    """The share of outputs that are the plain loop's; None where the recipe does not promise them."""
+    if c.pipe is None or c is loop or c.stats[0].guarantee != "exact" or len(c.outputs) != len(loop.outputs):
+        return None
+    if do_sample is not False and c.pipe.method.draws != "coupled":
+        return None
+    return sum(a == b for a, b in zip(c.outputs, loop.outputs, strict=True)) / max(1, len(c.outputs))
+
+
+def at_large_target(c: Contestant, rows: int, model: Mapping[str, Any]) -> float:
+    """What the tokens per call would be worth on a target whose weights take longer to read than to use.
+
+    model: `ridge`, the tokens of all rows whose arithmetic takes as long as reading the weights; both are added up, so
+    a call of N tokens in each of `rows` rows costs `(ridge + rows·N) / (ridge + rows)` calls of one token.
+    """
+    ridge = float(model["ridge"])
+    return c.tokens_per_call * (ridge + rows) / (ridge + rows * c.tokens_scored)
 
 
 def overlap(
@@ -158,14 +200,26 @@ def overlap(
     return seen.figures
 
 
+def streams(plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]) -> int:
+    """Rows in a target call: two a prompt under guidance."""
+    scale = plain.settings(**arguments)["guidance_scale"] if hasattr(plain, "settings") else arguments.get("guidance_scale")
+    return len(batch) * (2 if scale not in (None, 1, 1.0) else 1)
+
+
 def results(
-    contestants: Sequence[Contestant], evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]
+    contestants: Sequence[Contestant],
+    evaluate: Any,
+    plain: Any,
+    batch: Sequence[str],
+    arguments: Mapping[str, Any],
+    large_target: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """One dict a contestant: ratios against transformers and the plain loop, ceiling, efficiency, acceptance."""
     reference, loop = contestants[0], contestants[1]
     sizes = sorted({1, *(round(c.tokens_scored) for c in contestants)})
     cost = evaluate.call_seconds(plain, batch, sizes, **arguments)
-    rows = []
+    do_sample = plain.settings(**arguments)["do_sample"] if hasattr(plain, "settings") else arguments.get("do_sample")
+    rows, width = [], streams(plain, batch, arguments)
     for c in contestants:
         ratios = [a / b for a, b in zip(reference.seconds, c.seconds, strict=True)]
         plain_ratios = [a / b for a, b in zip(loop.seconds, c.seconds, strict=True)]
@@ -185,6 +239,9 @@ def results(
                 / max(1, sum(s.proposed_tokens for s in c.stats)),
                 "accepted_of_tried": None if c.overlap is None else c.overlap[0],
                 "one_minus_tv": None if c.overlap is None else c.overlap[1],
+                "accepted_by_position": positions(c.stats),
+                "same_as_plain_loop": same_outputs(c, loop, do_sample),
+                "at_large_target": at_large_target(c, width, large_target) if large_target else None,
                 "runs": [s.to_dict() for s in c.stats],
                 "seconds_per_token": c.seconds,
             }
@@ -241,6 +298,39 @@ def table(report: Mapping[str, Any]) -> Table:
         )
         shown.add_row(r["label"], r["guarantee"], *figures)
     return shown
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """Lines below the table: outputs equal to the plain loop's, and what the tokens per call are worth elsewhere."""
+    lines = []
+    same = {r["label"]: r["same_as_plain_loop"] for r in report["results"] if r["same_as_plain_loop"] is not None}
+    if same:
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in same.items())
+        lines.append(f"outputs identical to the plain loop's, of those that should be: {shares}")
+    if large := report["settings"].get("large_target"):
+        worth = [r for r in report["results"] if r["guarantee"]]
+        shares = ", ".join(f"{r['label']} {r['at_large_target']:.2f}×" for r in worth)
+        lines.append(f"the same tokens per call on {large['name']} (stated, not measured): {shares}")
+    return lines
+
+
+def plot_positions(report: Mapping[str, Any], path: Path) -> None:
+    """Acceptance by position in the draft or window, a line a contestant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for r in report["results"]:
+        if shares := r["accepted_by_position"]:
+            axis.plot(range(1, len(shares) + 1), shares, marker=".", label=r["label"])
+    axis.set_xlabel("position")
+    axis.set_ylabel("accepted, of those tried")
+    axis.set_ylim(0, 1.02)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
