@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -268,36 +269,35 @@ def quality(
 
 def table(report: Mapping[str, Any]) -> Table:
     """The printed form of a report."""
-    shown = Table(title=f"{report['modality']}, {report['device']}, {report['dtype']}", title_justify="left")
-    columns = (
-        "",
-        "guarantee",
-        "speed\nup",
-        "over\nloop",
-        "tokens\n/call",
-        "scored\n/call",
-        "ceil-\ning",
-        "effi-\nciency",
-        "kept/\n1−TV",
-        "tokens\n/s",
-    )
-    for column in columns:
-        left = column in ("", "guarantee")
-        shown.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    title = f"{report['modality']}, {report['device']}, {report['dtype']}"
+    # narrow enough for a terminal of 80 columns
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    overlaps = any(r["one_minus_tv"] is not None for r in report["results"])
+    columns = ["speed\nup", "over\nloop", "tok/\ncall", "nodes\n/call", "ceil-\ning", "effi-\ncient", "tok/s"]
+    shown.add_column("", overflow="fold", min_width=12)
+    shown.add_column("guar-\nantee", overflow="fold")
+    for column in [*columns, *(["kept/\n1−TV"] if overlaps else [])]:
+        shown.add_column(column, justify="right", no_wrap=True)
     for r in report["results"]:
         own = r["guarantee"] != ""  # transformers' generate does not tell how many calls it made
         figures = (
-            f"{r['speed_up']:.2f}×",
-            f"{r['speed_up_over_plain_loop']:.2f}×",
+            f"{r['speed_up']:.2f}",
+            f"{r['speed_up_over_plain_loop']:.2f}",
             f"{r['tokens_per_call']:.2f}" if own else "",
             f"{r['tokens_scored_per_call']:.1f}" if own else "",
-            f"{r['ceiling']:.2f}×" if own else "",
+            f"{r['ceiling']:.2f}" if own else "",
             f"{r['efficiency']:.2f}" if own else "",
-            "" if r["one_minus_tv"] is None else f"{r['accepted_of_tried']:.2f}\n{r['one_minus_tv']:.2f}",
             f"{r['tokens_per_second']:.1f}",
+            *([] if not overlaps else [overlap_cell(r)]),
         )
         shown.add_row(r["label"], r["guarantee"], *figures)
     return shown
+
+
+def overlap_cell(result: Mapping[str, Any]) -> str:
+    if result["one_minus_tv"] is None:
+        return ""
+    return f"{result['accepted_of_tried']:.2f}/{result['one_minus_tv']:.2f}".replace("0.", ".")
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
