@@ -156,8 +156,10 @@ class SharedNoise:
     """Gumbel noise by (row seed, position, token), which drafter and target, and one round and the next, ask for again.
 
     seeds `[B]` long. On a CPU, where noise costs more than looking it up, as many positions a row are remembered as the
-    widest request had.
+    widest request had; with a small vocabulary more, which are then made many at a time, before they are asked for.
     """
+
+    AHEAD = 1 << 17  # numbers a row, at most, that are made before they are asked for
 
     def __init__(self, seeds: Tensor):
         self.seeds = seeds
@@ -170,19 +172,21 @@ class SharedNoise:
         if positions.device.type != "cpu" or not width:
             return gumbel_noise(self.seeds, positions, vocab)
         if self.known.shape[1] < width or self.noise.shape[2] != vocab:
-            self.known = torch.full((rows, width), -1)
-            self.noise = torch.empty(rows, width, vocab)
-        slots = self.known.shape[1]
-        if bool((positions.amax(1) - positions.amin(1) >= slots).any()):  # two of them would share a slot
+            slots = max(width, self.AHEAD // vocab)
+            self.known = torch.full((rows, slots), -1)
+            self.noise = torch.empty(rows, slots, vocab)
+        slots, first = self.known.shape[1], positions.amin(1, keepdim=True)
+        if bool((positions.amax(1, keepdim=True) - first >= slots).any()):  # two of them would share a slot
             return gumbel_noise(self.seeds, positions, vocab)
-        slot, row = positions % slots, torch.arange(rows)[:, None]
-        missing = self.known.gather(1, slot) != positions
-        if bool(missing.any()):
-            r, column = missing.nonzero(as_tuple=True)
-            at, position = slot[r, column], positions[r, column]
-            self.noise[r, at] = gumbel_noise(self.seeds[r], position[:, None], vocab)[:, 0]
-            self.known[r, at] = position
-        return self.noise[row, slot]
+        slot = positions % slots
+        if bool((self.known.gather(1, slot) != positions).any()):
+            wanted = first + torch.arange(slots) if slots * vocab <= self.AHEAD else positions
+            at = wanted % slots
+            r, column = (self.known.gather(1, at) != wanted).nonzero(as_tuple=True)
+            place, position = at[r, column], wanted[r, column]
+            self.noise[r, place] = gumbel_noise(self.seeds[r], position[:, None], vocab)[:, 0]
+            self.known[r, place] = position
+        return self.noise[torch.arange(rows)[:, None], slot]
 
 
 class Greedy:

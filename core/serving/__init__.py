@@ -1,0 +1,27 @@
+"""Services: a modality's pipeline behind HTTP, with batching of concurrent requests and a bounded queue.
+
+`polyspec task=serve modality=…` starts the one that the modality's module `serve` describes. Needs polyspec[serve].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from polyspec.errors import ConfigError
+from polyspec.pipelines import part_of
+
+
+def serve(config: DictConfig) -> None:
+    """Run the configured modality's service until it is told to stop; what it has accepted it finishes."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError("serving needs FastAPI, uvicorn and prometheus-client: pip install 'polyspec[serve]'") from error
+    settings: Any = OmegaConf.to_container(config.serve, resolve=True)
+    host, port, grace = (settings.pop(name) for name in ("host", "port", "grace_s"))
+    recipe = config.recipe.name if config.get("recipe") else None
+    where = {"target": config.target, "recipe": recipe, "device": config.device, "dtype": config.dtype}
+    app = part_of(config.modality.name, "serve").application(**where, **settings)
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace, log_level="warning")
