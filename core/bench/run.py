@@ -62,7 +62,13 @@ class Contestant:
 
 
 def run(config: DictConfig) -> None:
-    """Run the bench that the `bench` group describes and write results.json and results.png."""
+    """Run the bench that the `bench` group describes and write results.json and results.png; with a `serve` group, load the
+    service instead."""
+    if config.get("serve"):
+        from polyspec.bench import load
+
+        load.run(config)
+        return
     settings: Any = OmegaConf.to_container(config.bench, resolve=True)
     console = Console()
     folder = Path(settings["output"])
@@ -72,11 +78,10 @@ def run(config: DictConfig) -> None:
         raise InputError(f"bench.prompts={settings['prompts']} holds no prompt")
     batches = [prompts[i : i + settings["batch"]] for i in range(0, len(prompts), settings["batch"])]
     plain = make_pipeline(config, "autoregressive")
-    loaded = (plain.model, getattr(plain, "tokenizer", None) or plain.processor)
     contestants = [Contestant("transformers", None), Contestant("plain loop", plain)]
     entries = [config.recipe] if config.get("recipe") else settings["recipes"]
     for entry in entries:
-        contestants.append(contestant(config, entry, loaded))
+        contestants.append(contestant(config, entry, plain.loaded))
     arguments = {**settings["arguments"], **{k: v for k, v in config.sampling.items() if v is not None}}
     with Progress(console=console, transient=True) as bar:
         job = bar.add_task("bench", total=(settings["repeats"] * len(batches) + 2) * len(contestants) - 2)
@@ -154,7 +159,14 @@ def measure(
         stats, made = result.stats, result.outputs
     synchronise()
     seconds = (time.perf_counter() - start) / max(stats.new_tokens, 1)
-    return seconds, stats, [sha256(o.tobytes() if hasattr(o, "tobytes") else repr(o).encode()).hexdigest() for o in made]
+    return seconds, stats, [fingerprint(o) for o in made]
+
+
+def fingerprint(output: Any) -> str:
+    """Equal for equal pictures, texts, or lists of items, whose scores may differ by rounding."""
+    if isinstance(output, list):
+        output = [r.item_id for r in output]
+    return sha256(output.tobytes() if hasattr(output, "tobytes") else repr(output).encode()).hexdigest()
 
 
 def positions(stats: Sequence[DecodingStats]) -> list[float]:
@@ -172,7 +184,7 @@ def same_outputs(c: Contestant, loop: Contestant, do_sample: bool | None) -> flo
     """The share of outputs that are the plain loop's; None where the recipe does not promise them."""
     if c.pipe is None or c is loop or c.stats[0].guarantee != "exact" or len(c.outputs) != len(loop.outputs):
         return None
-    if do_sample is not False and c.pipe.method.draws != "coupled":
+    if do_sample and c.pipe.method.draws != "coupled":
         return None
     return sum(a == b for a, b in zip(c.outputs, loop.outputs, strict=True)) / max(1, len(c.outputs))
 
@@ -220,6 +232,8 @@ def results(
     sizes = sorted({1, *(round(c.tokens_scored) for c in contestants)})
     cost = evaluate.call_seconds(plain, batch, sizes, **arguments)
     do_sample = plain.settings(**arguments)["do_sample"] if hasattr(plain, "settings") else arguments.get("do_sample")
+    if do_sample is None:
+        do_sample = bool(plain.model.generation_config.do_sample)
     rows, width = [], streams(plain, batch, arguments)
     for c in contestants:
         ratios = [a / b for a, b in zip(reference.seconds, c.seconds, strict=True)]

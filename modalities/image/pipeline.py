@@ -46,6 +46,11 @@ class Pipeline:
             self.processor = pipelines.load(AutoProcessor.from_pretrained, source)
         make_image_target(self.model, 1.0)  # a model that cannot draw is refused before any prompt
 
+    @property
+    def loaded(self) -> tuple[Any, Any]:
+        """What another pipeline takes as `target`, to share it."""
+        return self.model, self.processor
+
     @torch.no_grad()
     def __call__(
         self,

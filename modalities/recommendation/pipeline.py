@@ -82,6 +82,11 @@ class Pipeline:
             raise CheckpointError(f"the items use token {items.highest_token}; the model knows 0 … {vocab - 1}")
         self._catalogue = items, items.trie.to(self.model.device)  # at once: a call may be under way
 
+    @property
+    def loaded(self) -> tuple[Any, Any]:
+        """What another pipeline takes as `target`, to share it."""
+        return self.model, self.items
+
     @torch.no_grad()
     def __call__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 from fastapi import Body, FastAPI, HTTPException
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from polyspec.errors import CheckpointError, InputError, PolyspecError, unknown
+from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError, unknown
+from polyspec.modalities.recommendation.evaluate import bench_prompts
+from polyspec.modalities.recommendation.items import Items
 from polyspec.modalities.recommendation.pipeline import DRAFT, PLAIN, Pipeline
 from polyspec.serving.app import Metrics, base_app
 from polyspec.serving.batching import Batcher
@@ -220,3 +222,17 @@ def application(
         return {"items": len(service.items)}
 
     return app
+
+
+def example_requests(config: Any, settings: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Where the load generator asks, and what: the bench's histories, or random ones of the target's own items."""
+    if config.target is None:
+        raise ConfigError("give target=, the recommender to serve")
+    items, k = Items.load(config.target), settings["arguments"].get("k", 10)
+    if settings["prompts"] is None:
+        draw = np.random.default_rng(config.seed)
+        histories = [draw.choice(items.ids, size=draw.integers(1, 30)).tolist() for _ in range(256)]
+    else:
+        known = items.index
+        histories = [[i for i in h if i in known] for h in bench_prompts(settings["prompts"])[: settings["count"]]]
+    return "/v1/recommendations", [{"history": h, "k": k} for h in histories if h]

@@ -62,6 +62,11 @@ class Pipeline:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(self.model.device)
 
+    @property
+    def loaded(self) -> tuple[Any, Any]:
+        """What another pipeline takes as `target`, to share it."""
+        return self.model, self.tokenizer
+
     def __call__(
         self,
         prompt: str | Sequence[str],

@@ -181,3 +181,25 @@ def test_the_command_serves_and_ends_without_losing_what_it_accepted(folder: Pat
         assert set(found) <= {200, 503, "refused"} and 200 in found
     finally:
         process.kill()
+
+
+def test_the_bench_loads_a_service(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "polyspec", "task=bench", "serve=local", "modality=recommendation", "dtype=float32"]
+    more = [f"target={folder}", "bench.prompts=[[1,4],[7]]", "bench.load.seconds=2", "bench.load.clients=4"]
+    done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    full, part = json.loads((tmp_path / "bench-recommendation" / "load.json").read_text())["phases"]
+    assert full["errors"] == part["errors"] == 0
+    assert full["answered_per_second"] > part["answered_per_second"] > 0
+    assert 0 < part["p50_ms"] <= part["p95_ms"] <= part["p99_ms"]
+    assert "at capacity" in done.stdout and "80% of it" in done.stdout
+
+
+def test_the_bench_compares_lists(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "polyspec", "task=bench", "modality=recommendation", "dtype=float32"]
+    more = [f"target={folder}", "bench.prompts=[[1,4],[7]]", "bench.arguments.k=5"]
+    done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench-recommendation" / "results.json").read_text())["results"]
+    assert [r["label"] for r in rows] == ["transformers", "plain loop", "atspeed_s"]
+    assert rows[2]["same_as_plain_loop"] == 1.0
