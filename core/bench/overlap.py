@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyspec.decoding.beam import Beam
+
 
 class Overlap:
     """Counts over every drafted token that was tried: one before which nothing was rejected."""
@@ -40,7 +42,7 @@ def watched(loop: Any) -> Iterator[Overlap]:
     """Count what the rule of a chain or Jacobi `loop` sees of runs with temperature; other loops count nothing."""
     seen = Overlap()
     name = next((n for n in ("verifier", "rule") if hasattr(loop, n)), None)
-    if name is None:
+    if name is None or isinstance(loop, Beam):  # lists are not checked against distributions of tokens
         yield seen
         return
     original = getattr(loop, name)

@@ -31,7 +31,8 @@ MOST_BEAMS = 1000
 class Pipeline:
     """Recommends items to users by their histories. See `polyspec.pipeline` for the arguments.
 
-    target: a folder with a model, its `items.safetensors` and perhaps a draft model in `draft/`, or a (model, Items) pair.
+    target: a folder with a model, its `items.safetensors` and perhaps a draft model in `draft/`, or (model, Items), or
+    (model, Items, draft model or its folder).
     recipe: by default `atspeed_s` where the folder has a draft model or overrides name a drafter, else `autoregressive`,
     plain constrained beam search. `items` may be replaced at any time; a call works with those it began with.
     """
@@ -49,14 +50,18 @@ class Pipeline:
             raise ConfigError("no sample recommender comes with polyspec yet; give target=, a folder or (model, Items)")
         given = dict(overrides or {})
         folder = None if isinstance(target, tuple) else Path(target)
-        if folder is not None and (folder / DRAFT / "config.json").is_file() and recipe != PLAIN:
-            given = {"draft_model": str(folder / DRAFT), **given} if "heads" not in given else given
+        if folder is not None:
+            self.draft = str(folder / DRAFT) if (folder / DRAFT / "config.json").is_file() else None
+        else:
+            self.draft = target[2] if len(target) == 3 else None
+        if self.draft is not None and recipe != PLAIN and "heads" not in given:
+            given = {"draft_model": self.draft, **given}
         default = DEFAULT_RECIPE if {"draft_model", "heads"} & set(given) else PLAIN
         self.method = pipelines.choose("recommendation", recipe, default, given)
         if folder is None:
-            self.model, items = target
+            self.model, items = target[:2] if len(target) in (2, 3) else (None, None)
             if not isinstance(self.model, PreTrainedModel) or not isinstance(items, Items):
-                kinds = f"({type(self.model).__name__}, {type(items).__name__})"
+                kinds = f"({', '.join(type(x).__name__ for x in target)})"
                 raise ConfigError(f"target must be a folder or a (transformers model, Items) pair, got {kinds}")
         else:
             items = Items.load(folder)
@@ -83,9 +88,9 @@ class Pipeline:
         self._catalogue = items, items.trie.to(self.model.device)  # at once: a call may be under way
 
     @property
-    def loaded(self) -> tuple[Any, Any]:
+    def loaded(self) -> tuple[Any, Any, Any]:
         """What another pipeline takes as `target`, to share it."""
-        return self.model, self.items
+        return self.model, self.items, self.draft
 
     @torch.no_grad()
     def __call__(

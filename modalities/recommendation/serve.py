@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError, unknown
 from polyspec.modalities.recommendation.evaluate import bench_prompts
 from polyspec.modalities.recommendation.items import Items
-from polyspec.modalities.recommendation.pipeline import DRAFT, PLAIN, Pipeline
+from polyspec.modalities.recommendation.pipeline import PLAIN, Pipeline
 from polyspec.serving.app import Metrics, base_app
 from polyspec.serving.batching import Batcher
 
@@ -70,11 +70,9 @@ class Recommender:
         first = Pipeline(target=target, recipe=recipe, device=device, dtype=dtype)
         self.default = first.method.recipe.name
         self.pipes = {self.default: first}
-        draft = None if isinstance(target, tuple) else Path(target) / DRAFT
-        for name in (PLAIN, *(("atspeed_s", "atspeed_r") if draft is not None and draft.is_dir() else ())):
-            needs = {} if name == PLAIN else {"draft_model": str(draft)}
+        for name in (PLAIN, *(() if first.draft is None else ("atspeed_s", "atspeed_r"))):
             if name not in self.pipes:
-                self.pipes[name] = Pipeline(target=(first.model, first.items), recipe=name, overrides=needs)
+                self.pipes[name] = Pipeline(target=first.loaded, recipe=name)
         self.users = read_users(users)
         self.metrics: Metrics | None = None
 
