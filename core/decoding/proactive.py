@@ -2,11 +2,12 @@
 
 SJD-PAC: speculative Jacobi decoding with proactive drafting and adaptive continuation, 2603.18599. Adaptive
 continuation is SCD-MC's coupling (2510.24211): behind the commit point the window's main chain goes on by modified
-rejection whichever branch was kept. Proactive drafting: the first D positions carry a K-ary tree. With q_d the stored
-distribution of window position d, of the K children of a node of depth d - 1
+rejection whichever branch was kept. Proactive drafting: the first D positions carry a tree, the K-ary one or, where
+every node costs, its likeliest nodes. With q_d the stored distribution of window position d, of the children of a node of
+depth d - 1
 
 * on the main chain the first is the window's token x_d, the others are drawn from q_d without it, without replacement;
-* off the main chain all K are drawn from q_d without replacement.
+* off the main chain all are drawn from q_d without replacement.
 
 Children are verified against q_d by recursive rejection. Exact: every node was drawn from what it is verified against.
 (Siblings drawn from the residual [p - q]+ instead would not be.)
@@ -14,7 +15,8 @@ Children are verified against q_d by recursive rejection. Exact: every node was 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +27,7 @@ from polyspec.decoding.chain import fewest
 from polyspec.decoding.jacobi import Initialisation, Jacobi
 from polyspec.decoding.tree import along
 from polyspec.drafting.base import Context, Draft, Drafter
+from polyspec.errors import ConfigError
 from polyspec.lengths import positive
 from polyspec.trees import Tree, chain
 from polyspec.verification import Verdict, walk_recursive
@@ -32,23 +35,29 @@ from polyspec.verification.rule import for_target
 
 
 class ProactiveJacobi(Jacobi):
-    """Jacobi's window under a tree of `branches` (K) children a node, `depth` (D) levels deep.
+    """Jacobi's window under a tree at most `depth` (D) levels deep, of `nodes` nodes beside the window's own.
 
-    rule: refines the main chain, every position on its own, from its own q to its own p (`scd_mc`). walk: a tree rule
-    for children drawn without replacement. Where tokens are certain (temperature 0, shared noise) there is nothing to
-    draw siblings from, and where a target takes no positions siblings cannot share one: both leave the plain window.
+    acceptance_by_rank: how often the k-th child of an accepted node is the one accepted, K numbers; they say which nodes of
+    the K-ary tree are the likeliest. rule: refines the main chain, every position on its own, from its own q to its own p
+    (`scd_mc`). walk: a tree rule for children drawn without replacement. Where tokens are certain (temperature 0, shared
+    noise) there is nothing to draw siblings from, and where a target takes no positions siblings cannot share one: both
+    leave the plain window.
     """
 
     def __init__(
         self,
         rule: Callable[..., tuple[Tensor, Tensor]],
         init: Initialisation | str = "left",
-        branches: int = 3,
-        depth: int = 3,
+        nodes: int = 16,
+        depth: int = 4,
+        acceptance_by_rank: Sequence[float] = (0.8, 0.1, 0.05),
         walk: Callable[..., tuple[Tensor, Tensor, Tensor]] = walk_recursive,
     ):
         super().__init__(rule, init)
-        self.branches, self.depth, self.walk = positive("branches", branches), positive("depth", depth), walk
+        self.nodes, self.depth, self.walk = positive("nodes", nodes), positive("depth", depth), walk
+        self.chances = tuple(float(p) for p in acceptance_by_rank)
+        if not self.chances or not all(0 < p < 1 for p in self.chances):
+            raise ConfigError("acceptance_by_rank must be a list of probabilities between 0 and 1, one a rank")
 
     def run(self, context: Context, drafter: Drafter) -> None:
         """Generate until every row of `context.sequences` has stopped."""
@@ -60,8 +69,9 @@ class ProactiveJacobi(Jacobi):
             width = max(0, min(context.length.next(), sequences.remaining - 1))
             with stats.timed("draft"):
                 x, q = self.slide(context, drafter, y, p, shift, width)
-                levels = 0 if q is None or target.lockstep or self.branches == 1 else min(self.depth, width)
-                shape = branching(width, self.branches, levels).to(x.device)
+                nodes = 0 if q is None or target.lockstep else self.nodes
+                shape = branching(width, min(self.depth, width), nodes, self.chances).to(x.device)
+                levels = shape.walked.height
                 tree = shape.forwarded if shape.side else None
                 draft = self.branch(context, x, q, shape)
                 tokens = torch.cat([x, draft.tokens[:, levels:].clamp(min=0)], dim=1)
@@ -104,12 +114,13 @@ class ProactiveJacobi(Jacobi):
         if q is None or not levels:
             return Draft(x[:, :0])
         levels_q, side = q[:, :levels], []
-        for d in range(levels):
+        for d, (beside, parents, most, chosen) in enumerate(shape.drawn):
             weights = levels_q[:, d : d + 1]
-            others = weights.scatter(-1, x[:, d : d + 1, None], 0.0)
-            side.append(self.children(context, others, self.branches - 1))
-            if off_main := self.branches**d - 1:
-                side.append(self.children(context, weights.expand(-1, off_main, -1), self.branches))
+            if beside:
+                others = weights.scatter(-1, x[:, d : d + 1, None], 0.0)
+                side.append(self.children(context, others, beside))
+            if parents:
+                side.append(self.children(context, weights.expand(-1, parents, -1), most)[:, chosen])
         tokens = torch.cat([x[:, :levels], *side], dim=1)
         return Draft(tokens, levels_q[:, shape.walked.depth.clamp(max=levels - 1)], shape.walked)
 
@@ -123,28 +134,40 @@ class ProactiveJacobi(Jacobi):
 
 @dataclass(frozen=True)
 class Branching:
-    """A window of W tokens whose first D positions branch; nodes: the main chain, then `side` others."""
+    """A window of W tokens whose first positions branch; nodes: the main chain, then `side` others, level by level.
+
+    drawn: for each level, how many nodes hang beside the main chain's own; how many nodes off the main chain have
+    children there, the most any of them has, and which of so many draws for each are used."""
 
     forwarded: Tree  # W + side nodes
-    walked: Tree  # the first D of the main chain and the others
-    scored: Tensor  # where the root and the walked nodes are among the tokens of the forward, [1 + D + side]
+    walked: Tree  # the first levels of the main chain and the others
+    scored: Tensor  # where the root and the walked nodes are among the tokens of the forward, [1 + levels + side]
     side: int
+    drawn: list[tuple[int, int, int, list[int]]]
 
     def to(self, device: torch.device) -> Branching:
         if self.scored.device == device:
             return self
-        return Branching(self.forwarded.to(device), self.walked.to(device), self.scored.to(device), self.side)
+        moved = self.forwarded.to(device), self.walked.to(device), self.scored.to(device)
+        return Branching(*moved, self.side, self.drawn)
 
 
 @lru_cache(maxsize=64)
-def branching(width: int, branches: int, levels: int) -> Branching:
-    """The shapes for W = `width`, K = `branches`, D = `levels`."""
-    parents = list(range(-1, levels - 1))  # of the walked nodes
-    level: list[int] = []  # off the main chain, of the depth before
-    for d in range(levels):
-        above = [d - 1] * (branches - 1) + [node for node in level for _ in range(branches)]
-        level = list(range(len(parents), len(parents) + len(above)))
-        parents += above
+def branching(width: int, depth: int, nodes: int, chances: tuple[float, ...]) -> Branching:
+    """The window of W = `width` tokens with the `nodes` likeliest nodes beside its first `depth` positions."""
+    families = likeliest(depth, nodes, chances)
+    levels = len(families)
+    parents, drawn = list(range(-1, levels - 1)), []  # of the walked nodes
+    above: list[int] = []  # the nodes off the main chain one level up
+    for d, counts in enumerate(families):
+        beside, *others = counts
+        hang = [d - 1] * beside + [node for node, n in zip(above, others, strict=True) for _ in range(n)]
+        having = [n for n in others if n]
+        most = max(having, default=0)
+        chosen = [i * most + k for i, n in enumerate(having) for k in range(n)]
+        drawn.append((beside, len(having), most, chosen))
+        above = list(range(len(parents), len(parents) + len(hang)))
+        parents += hang
     side = len(parents) - levels
 
     def index(node: int) -> int:
@@ -154,4 +177,29 @@ def branching(width: int, branches: int, levels: int) -> Branching:
     whole = [*range(-1, width - 1), *(index(parent) for parent in parents[levels:])]
     scored = torch.tensor([0, *(1 + index(node) for node in range(len(parents)))])
     walked = Tree(torch.tensor(parents, dtype=torch.long)) if levels else chain(0)
-    return Branching(Tree(torch.tensor(whole, dtype=torch.long)) if width else chain(0), walked, scored, side)
+    forwarded = Tree(torch.tensor(whole, dtype=torch.long)) if width else chain(0)
+    return Branching(forwarded, walked, scored, side, drawn)
+
+
+def likeliest(depth: int, nodes: int, chances: tuple[float, ...]) -> list[list[int]]:
+    """How many children the likeliest tree has at each level: first the main chain's node (its own next one not counted),
+    then each node off the main chain one level up. Levels behind the last one with a node are left out."""
+    # a node is its path of ranks; a path of zeros is the main chain
+    waiting = [(-(chances[0] ** d) * chances[1], (0,) * d + (1,)) for d in range(depth)] if len(chances) > 1 else []
+    heapq.heapify(waiting)
+    tree: set[tuple[int, ...]] = set()
+    while waiting and len(tree) < nodes:
+        chance, path = heapq.heappop(waiting)
+        tree.add(path)
+        if path[-1] + 1 < len(chances):
+            sibling = chance / chances[path[-1]] * chances[path[-1] + 1]
+            heapq.heappush(waiting, (sibling, (*path[:-1], path[-1] + 1)))
+        if len(path) < depth:
+            heapq.heappush(waiting, (chance * chances[0], (*path, 0)))
+    families = []
+    level: list[tuple[int, ...]] = []
+    for d in range(max(map(len, tree), default=0)):
+        heads = [(0,) * d, *level]
+        families.append([sum(path[:-1] == head for path in tree if len(path) == d + 1) for head in heads])
+        level = [path for head in heads for path in sorted(tree) if len(path) == d + 1 and path[:-1] == head]
+    return families

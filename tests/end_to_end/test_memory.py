@@ -45,7 +45,7 @@ def test_no_tensor_of_vocabulary_times_sequence_is_made(recipe: Recipe, do_sampl
     torch.manual_seed(0)
     model = llama(vocab=VOCAB).eval()
     ids = torch.randint(2, VOCAB, (BATCH, PROMPT))
-    fast = polyspec.custom_generate(recipe.name, seed=0, **overrides(recipe, model, branches=2, nodes=8))
+    fast = polyspec.custom_generate(recipe.name, seed=0, **overrides(recipe, model, nodes=8))
     with Largest() as largest:
         model.generate(
             ids,
