@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from polyspec.drafting import Draft
     from polyspec.trees import Tree
 
+FEW = 1024  # tokens of which several are drawn at once; of more, one after the other costs less
+
 # Processors whose result depends on the scores of the same position alone. A processor of your own joins them with an
 # attribute `history_free = True`; without it, it is called prefix by prefix.
 HISTORY_FREE: tuple[type, ...] = (
@@ -159,7 +161,7 @@ class SharedNoise:
     widest request had; with a small vocabulary more, which are then made many at a time, before they are asked for.
     """
 
-    AHEAD = 1 << 17  # numbers a row, at most, that are made before they are asked for
+    AHEAD = 256, 1 << 20  # positions, and numbers in all, at most, that are made before they are asked for
 
     def __init__(self, seeds: Tensor):
         self.seeds = seeds
@@ -172,7 +174,7 @@ class SharedNoise:
         if positions.device.type != "cpu" or not width:
             return gumbel_noise(self.seeds, positions, vocab)
         if self.known.shape[1] < width or self.noise.shape[2] != vocab:
-            slots = max(width, self.AHEAD // vocab)
+            slots = max(width, min(self.AHEAD[0], self.AHEAD[1] // (rows * vocab)))
             self.known = torch.full((rows, slots), -1)
             self.noise = torch.empty(rows, slots, vocab)
         slots, first = self.known.shape[1], positions.amin(1, keepdim=True)
@@ -180,7 +182,7 @@ class SharedNoise:
             return gumbel_noise(self.seeds, positions, vocab)
         slot = positions % slots
         if bool((self.known.gather(1, slot) != positions).any()):
-            wanted = first + torch.arange(slots) if slots * vocab <= self.AHEAD else positions
+            wanted = first + torch.arange(slots) if slots * rows * vocab <= self.AHEAD[1] else positions
             at = wanted % slots
             r, column = (self.known.gather(1, at) != wanted).nonzero(as_tuple=True)
             place, position = at[r, column], wanted[r, column]
@@ -245,6 +247,13 @@ class Independent:
 
     def candidates(self, scores: Tensor, positions: Tensor, count: int) -> Tensor:
         left, drawn = scores.softmax(-1), []
+        if count > 1 and scores.shape[-1] <= FEW:
+            # an exponential race: the first to arrive are draws without replacement, in order
+            arrival = torch.empty_like(left).exponential_(generator=self.generator)
+            key, tokens = (left / arrival).nan_to_num_(nan=0.0).topk(min(count, left.shape[-1]), dim=-1)
+            first = torch.where(key[..., :1] > 0, tokens[..., :1], 0)  # only if scores are NaN
+            tokens = torch.where(key > 0, tokens, first)
+            return torch.cat([tokens, first.expand(*tokens.shape[:-1], count - tokens.shape[-1])], dim=-1)
         for _ in range(count):
             token = sample(left, self.generator)
             drawn.append(torch.where(token < 0, drawn[0] if drawn else 0, token))  # at first only if scores are NaN

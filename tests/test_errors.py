@@ -24,6 +24,7 @@ from transformers import (
 import polyspec
 from polyspec import CheckpointError, ConfigError, InputError, PolyspecError, UnsupportedModelError
 from polyspec.cache import RaggedCache
+from polyspec.drafting.medusa import MedusaModel
 from polyspec.verification import block_verification, check_inputs, speculative_sampling
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -120,10 +121,16 @@ KNOBS: dict[str, tuple[Callable[[], Any], type[PolyspecError], str]] = {
         "'auto'",
     ),
     "an unknown initialisation": (lambda: polyspec.custom_generate("sjd", init="lefft"), ConfigError, "'left'"),
+    "positions to redraw below zero": (lambda: polyspec.custom_generate("sjd", refresh=-1), ConfigError, "refresh"),
     "a recipe of another modality": (
         lambda: polyspec.pipeline("image", recipe="lookahead"),
         ConfigError,
         "is not for modality 'image'",
+    ),
+    "medusa heads to start a window": (
+        lambda: generate("sjd", knobs={"init": "drafter", "heads": MedusaModel.for_target(target("llama"))}),
+        ConfigError,
+        "'polyspec_medusa' heads",
     ),
     # -- knobs out of range
     "length 0": (lambda: polyspec.custom_generate("prompt_lookup", length=0), ConfigError, "must be a whole number"),

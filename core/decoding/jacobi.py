@@ -25,27 +25,30 @@ from polyspec.verification.rule import for_target
 class Initialisation(Protocol):
     """What window positions that have not been scored yet start from. Derive from it: `check` has a default."""
 
+    renews = False
+    """Whether it knows better than the window what follows the last committed token."""
+
     def check(self, target: Target, drafter: Drafter) -> None:
         """ConfigError if windows cannot be started so on `target`."""
 
-    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor, refresh: int = 0) -> Draft:
         """Tokens `[B, W]` for positions `context.sequences.lengths + offset` (`offset [B, W]`, from 0), all of them
-        computed though only new positions are used, and what they were drawn from (None: they are certain).
-        guess `[B, W]` repeats each row's last window token."""
+        computed though only new positions and the first `refresh` are used, and what they were drawn from (None: they are
+        certain). guess `[B, W]` repeats each row's last window token."""
         ...
 
 
 class RepeatLeft(Initialisation):
     """The token to the left: on flat image regions, and where nothing better is known."""
 
-    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor, refresh: int = 0) -> Draft:
         return Draft(guess)
 
 
 class RandomTokens(Initialisation):
     """Uniformly random tokens, as in the paper's first variant; the same in every run that got as far the same way."""
 
-    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor, refresh: int = 0) -> Draft:
         generator = torch.Generator().manual_seed(sum(context.sequences.lengths))
         return Draft(torch.randint(0, context.target.vocab_size, guess.shape, generator=generator).to(guess.device))
 
@@ -57,7 +60,7 @@ class RepeatAbove(Initialisation):
         if target.row_width is None:
             raise ConfigError("init='above' needs a target whose tokens form image rows; use 'left' or 'random'")
 
-    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor, refresh: int = 0) -> Draft:
         s = context.sequences
         assert context.target.row_width is not None
         above = s.length_tensor[:, None] + offset - context.target.row_width
@@ -66,17 +69,24 @@ class RepeatAbove(Initialisation):
 
 
 class FromDrafter(Initialisation):
-    """Draws from a drafter, the block drafter say, which sees what is committed; where it does not reach, the token to
-    the left. A window then begins with real distributions rather than one-hot guesses (after 2606.20543)."""
+    """Draws from a drafter, which sees what is committed; where it does not reach, the token to the left. A window then
+    begins with real distributions rather than one-hot guesses (after 2606.20543).
+
+    Right behind the commit point it knows better than the window: what stands there was drawn behind a token that has
+    just been replaced. So the first positions are redrawn every round."""
+
+    renews = True
 
     def check(self, target: Target, drafter: Drafter) -> None:
         if isinstance(drafter, NoDraft):
             raise ConfigError("init='drafter' needs heads=…, trained draft heads; without them use 'left' or 'above'")
 
-    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor) -> Draft:
-        if guess.shape[1] == 0:
+    def __call__(self, context: Context, drafter: Drafter, guess: Tensor, offset: Tensor, refresh: int = 0) -> Draft:
+        # a drafter that goes token by token is not asked for more than every round can use
+        count = min(guess.shape[1], guess.shape[1] if hasattr(drafter, "block") else refresh)
+        if count == 0:
             return Draft(guess)
-        draft = drafter.propose(guess.shape[1])
+        draft = drafter.propose(count)
         rest = guess[:, draft.tokens.shape[1] :]
         tokens = torch.cat([draft.tokens, rest], dim=1)
         if draft.probs is None:
@@ -97,20 +107,31 @@ INITIALISATIONS: dict[str, type[Initialisation]] = {
 }
 
 
+def of_gained(hidden: tuple[Tensor, ...], accepted: Tensor, gained: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What a drafter needs to see of a window: the part that may have been committed."""
+    width = max(gained)
+    return tuple(h[:, :width] for h in hidden), accepted.clamp(max=width - 1)
+
+
 class Jacobi:
     """Refine a window of W tokens until its front settles; W is `context.length`'s answer each round.
 
     rule: `(x [B, W], q [B, W, V], p [B, W+1, V], …) -> (y [B, W+1], kept [B, W])`; row b commits y up to and including
-    its first token that was not kept. init: where new window positions start, an Initialisation or its name.
+    its first token that was not kept. init: where new window positions start, an Initialisation or its name; refresh: if
+    that is a drafter, how many positions behind the last committed token it draws anew every round (None: one, if it goes
+    token by token). Exact: a position's token is drawn from what is then called its q, whichever that is.
     """
 
-    def __init__(self, rule: Callable[..., tuple[Tensor, Tensor]], init: Initialisation | str = "left"):
+    def __init__(
+        self, rule: Callable[..., tuple[Tensor, Tensor]], init: Initialisation | str = "left", refresh: int | None = None
+    ):
         if isinstance(init, str):
             if init not in INITIALISATIONS:
                 raise unknown("init", init, INITIALISATIONS)
             init = INITIALISATIONS[init]()
-        self.rule = rule
-        self.init = init
+        if refresh is not None and (isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 0):
+            raise ConfigError(f"refresh must be a whole number ≥ 0, or None, got {refresh!r}")
+        self.rule, self.init, self.refresh = rule, init, refresh
 
     def check(self, target: Target, drafter: Drafter) -> None:
         """ConfigError if windows cannot be started on `target` as asked, UnsupportedModelError if the rule needs
@@ -141,7 +162,7 @@ class Jacobi:
                 gained = sequences.commit(x, verdict, scores.amax(-1))
                 target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
-                drafter.observe(output.hidden, shift)
+                drafter.observe(*of_gained(output.hidden, shift, gained))
             stats.record(width, gained)
             context.length.observe(width, gained, stats)
 
@@ -159,8 +180,12 @@ class Jacobi:
         guess = y.gather(1, source.clamp(max=last))
         # a prompt's last token need not be one that can be drawn (an image model's begin-of-image, say)
         guess = guess.clamp(0, context.target.vocab_size - 1)
-        start = self.init(context, drafter, guess, offset)
-        fresh = source > last
+        refresh = 0
+        if self.init.renews:
+            # a block drafter's first guess is no better than the window's, but those at the window's end are
+            refresh = int(not hasattr(drafter, "block")) if self.refresh is None else self.refresh
+        start = self.init(context, drafter, guess, offset, refresh)
+        fresh = (source > last) | (offset < refresh)
         x = torch.where(fresh, start.tokens, guess).clamp(0, context.target.vocab_size - 1)
         if (constraint := context.processing.constraint) is not None:
             begun = context.sequences.length_tensor - context.sequences.prompt_length

@@ -48,12 +48,13 @@ class ProactiveJacobi(Jacobi):
         self,
         rule: Callable[..., tuple[Tensor, Tensor]],
         init: Initialisation | str = "left",
-        nodes: int = 16,
+        nodes: int = 8,
         depth: int = 4,
         acceptance_by_rank: Sequence[float] = (0.8, 0.1, 0.05),
+        refresh: int | None = None,
         walk: Callable[..., tuple[Tensor, Tensor, Tensor]] = walk_recursive,
     ):
-        super().__init__(rule, init)
+        super().__init__(rule, init, refresh)
         self.nodes, self.depth, self.walk = positive("nodes", nodes), positive("depth", depth), walk
         self.chances = tuple(float(p) for p in acceptance_by_rank)
         if not self.chances or not all(0 < p < 1 for p in self.chances):
@@ -113,59 +114,59 @@ class ProactiveJacobi(Jacobi):
         levels = shape.walked.height
         if q is None or not levels:
             return Draft(x[:, :0])
-        levels_q, side = q[:, :levels], []
-        for d, (beside, parents, most, chosen) in enumerate(shape.drawn):
-            weights = levels_q[:, d : d + 1]
-            if beside:
-                others = weights.scatter(-1, x[:, d : d + 1, None], 0.0)
-                side.append(self.children(context, others, beside))
-            if parents:
-                side.append(self.children(context, weights.expand(-1, parents, -1), most)[:, chosen])
-        tokens = torch.cat([x[:, :levels], *side], dim=1)
+        levels_q, parents = q[:, :levels], shape.parents
+        weights = levels_q[:, parents]  # what each node's children are drawn from
+        beside = weights[:, :levels].scatter(-1, x[:, :levels, None], 0.0)  # the main chain's next token is there already
+        drawn = self.children(context, torch.cat([beside, weights[:, levels:]], dim=1), shape.most)
+        tokens = torch.cat([x[:, :levels], drawn.flatten(1)[:, shape.chosen]], dim=1)
         return Draft(tokens, levels_q[:, shape.walked.depth.clamp(max=levels - 1)], shape.walked)
 
     @staticmethod
     def children(context: Context, weights: Tensor, count: int) -> Tensor:
-        """`count` tokens drawn without replacement from each of `weights [B, T, V]`: `[B, T · count]`, -1 for none."""
+        """`count` tokens drawn without replacement from each of `weights [B, T, V]`: `[B, T, count]`, -1 for none."""
         positions = context.sequences.positions(1).expand(-1, weights.shape[1])
         drawn = context.draws.candidates(weights.log(), positions, count)
-        return torch.where(weights.gather(-1, drawn) > 0, drawn, -1).flatten(1)
+        return torch.where(weights.gather(-1, drawn) > 0, drawn, -1)
 
 
 @dataclass(frozen=True)
 class Branching:
     """A window of W tokens whose first positions branch; nodes: the main chain, then `side` others, level by level.
 
-    drawn: for each level, how many nodes hang beside the main chain's own; how many nodes off the main chain have
-    children there, the most any of them has, and which of so many draws for each are used."""
+    parents: the depth of every node with children, [P], the main chain's first and each of them whether it has any or not;
+    most: the most children of one; chosen: which of `most` draws for each are used, in the order of the nodes, [side]."""
 
     forwarded: Tree  # W + side nodes
     walked: Tree  # the first levels of the main chain and the others
     scored: Tensor  # where the root and the walked nodes are among the tokens of the forward, [1 + levels + side]
     side: int
-    drawn: list[tuple[int, int, int, list[int]]]
+    parents: Tensor
+    most: int
+    chosen: Tensor
 
     def to(self, device: torch.device) -> Branching:
         if self.scored.device == device:
             return self
-        moved = self.forwarded.to(device), self.walked.to(device), self.scored.to(device)
-        return Branching(*moved, self.side, self.drawn)
+        moved = self.forwarded.to(device), self.walked.to(device), self.scored.to(device), self.side
+        return Branching(*moved, self.parents.to(device), self.most, self.chosen.to(device))
 
 
 @lru_cache(maxsize=64)
 def branching(width: int, depth: int, nodes: int, chances: tuple[float, ...]) -> Branching:
     """The window of W = `width` tokens with the `nodes` likeliest nodes beside its first `depth` positions."""
     families = likeliest(depth, nodes, chances)
-    levels = len(families)
-    parents, drawn = list(range(-1, levels - 1)), []  # of the walked nodes
+    levels, most = len(families), max((max(f) for f in families), default=0)
+    parents = list(range(-1, levels - 1))  # of the walked nodes
+    having, chosen = list(range(levels)), []
     above: list[int] = []  # the nodes off the main chain one level up
-    for d, counts in enumerate(families):
-        beside, *others = counts
-        hang = [d - 1] * beside + [node for node, n in zip(above, others, strict=True) for _ in range(n)]
-        having = [n for n in others if n]
-        most = max(having, default=0)
-        chosen = [i * most + k for i, n in enumerate(having) for k in range(n)]
-        drawn.append((beside, len(having), most, chosen))
+    for d, (beside, *others) in enumerate(families):
+        hang = [d - 1] * beside
+        chosen += [d * most + k for k in range(beside)]
+        for node, count in zip(above, others, strict=True):
+            if count:
+                hang += [node] * count
+                chosen += [len(having) * most + k for k in range(count)]
+                having.append(d)
         above = list(range(len(parents), len(parents) + len(hang)))
         parents += hang
     side = len(parents) - levels
@@ -178,7 +179,8 @@ def branching(width: int, depth: int, nodes: int, chances: tuple[float, ...]) ->
     scored = torch.tensor([0, *(1 + index(node) for node in range(len(parents)))])
     walked = Tree(torch.tensor(parents, dtype=torch.long)) if levels else chain(0)
     forwarded = Tree(torch.tensor(whole, dtype=torch.long)) if width else chain(0)
-    return Branching(forwarded, walked, scored, side, drawn)
+    tables = torch.tensor(having, dtype=torch.long), most, torch.tensor(chosen, dtype=torch.long)
+    return Branching(forwarded, walked, scored, side, *tables)
 
 
 def likeliest(depth: int, nodes: int, chances: tuple[float, ...]) -> list[list[int]]:

@@ -84,6 +84,9 @@ def walk_recursive(
     next_token = torch.full_like(row, -1)
     path = []
     for level in range(depth + 1):
+        if level and tokens.device.type == "cpu" and not bool(walking.any()):  # elsewhere it would be a synchronisation
+            path += [torch.full_like(row, -1)] * (depth - len(path))
+            break
         below = (parents + 1 == here.unsqueeze(1)) & (tokens >= 0) & walking.unsqueeze(1)
         child = torch.where(below, index, nodes).sort(1).values[:, : children if level < depth else 0]
         child = torch.where(child == nodes, -1, child)

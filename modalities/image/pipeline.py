@@ -17,7 +17,7 @@ from polyspec.modalities.image.sample import NAME, sample_path
 from polyspec.modalities.image.target import adapter, make_image_target, model_class
 from polyspec.outputs import Result
 
-DEFAULT_RECIPE = "scd_gs"
+DEFAULT_RECIPE = "gumbel_jacobi"
 
 
 class Pipeline:

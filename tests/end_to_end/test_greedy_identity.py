@@ -291,7 +291,8 @@ def test_every_length_policy_gives_the_same_tokens(recipe: Recipe, policy: str |
 
 @by_name([r for r in EXACT if "init" in r.knobs])
 def test_every_window_and_initialisation_gives_the_same_tokens(recipe: Recipe) -> None:
-    for knobs in ({"window": 1}, {"window": 40}, {"init": "random"}, {"init": "drafter"}):
+    redrawn = {"init": "drafter", "refresh": 2}
+    for knobs in ({"window": 1}, {"window": 40}, {"init": "random"}, {"init": "drafter"}, redrawn):
         got = run(recipe, target("gpt2"), prompts(4), knobs=knobs)
         assert torch.equal(got, reference("gpt2", 4))
 

@@ -31,6 +31,7 @@ from polyspec.decoding.proactive import ProactiveJacobi
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Independent, Processing
 from polyspec.drafting import Draft
+from polyspec.drafting.eagle import EagleModel
 from polyspec.recipe import Recipe, find_recipe
 from polyspec.target import Guidance, Target, guide_log_probs
 from polyspec.trees import Tree
@@ -194,6 +195,21 @@ def test_sampled_sequences_have_the_guided_distribution_in_every_loop(recipe: Re
 @by_name([r for r in EXACT if "init" in r.knobs and r.config.draws == "independent"])
 def test_sampled_sequences_have_the_models_distribution_where_windows_start_from_a_drafter(recipe: Recipe) -> None:
     fast = made(recipe, init="drafter")
+    assert p_value(fast, "guided", FEWER) > THRESHOLD
+    assert partly_accepted(fast)
+
+
+def redrawn(recipe: str | Recipe, refresh: int) -> polyspec.CustomGenerate:
+    """Windows whose first positions an EAGLE head draws anew every round."""
+    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = overrides(recipe, model(), NOISE, **{**SMALL, "init": "drafter", "refresh": refresh})
+    return polyspec.custom_generate(recipe.name, **{**chosen, "heads": EagleModel.for_target(model())})
+
+
+@pytest.mark.parametrize("refresh", [1, pytest.param(3, marks=pytest.mark.slow)])
+@by_name([r for r in EXACT if "refresh" in r.knobs and r.config.draws == "independent"])
+def test_sampled_sequences_have_the_models_distribution_where_positions_are_redrawn(recipe: Recipe, refresh: int) -> None:
+    fast = redrawn(recipe, refresh)
     assert p_value(fast, "guided", FEWER) > THRESHOLD
     assert partly_accepted(fast)
 
@@ -701,11 +717,29 @@ def history_dependent_processors_see_the_committed_tokens_only(patch: pytest.Mon
 def a_window_keeps_its_guess_but_claims_the_drafters_distribution(patch: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
     original = jacobi.FromDrafter.__call__
 
-    def guessed(self: Any, context: Any, drafter: Any, guess: Tensor, offset: Tensor) -> Draft:
-        return Draft(guess, original(self, context, drafter, guess, offset).probs)
+    def guessed(self: Any, context: Any, drafter: Any, guess: Tensor, offset: Tensor, refresh: int) -> Draft:
+        return Draft(guess, original(self, context, drafter, guess, offset, refresh).probs)
 
     patch.setattr(jacobi.FromDrafter, "__call__", guessed)
     return made("sjd", init="drafter")
+
+
+@wrong(samples=SAMPLES)
+def a_redrawn_position_is_verified_against_what_the_window_had_there(
+    patch: pytest.MonkeyPatch,
+) -> polyspec.CustomGenerate:
+    original = jacobi.Jacobi.slide
+
+    def stale(self: Any, context: Any, drafter: Any, y: Tensor, p: Any, shift: Tensor, width: int) -> Any:
+        x, q = original(self, context, drafter, y, p, shift, width)
+        if p is None or q is None or not width:
+            return x, q
+        kept = (shift[:, None] + 1 + torch.arange(width)).clamp(max=y.shape[1] - 1)
+        old = p.gather(1, kept[..., None].expand(-1, -1, p.shape[-1]))
+        return x, torch.cat([old[:, :1].nan_to_num(nan=0.1), q[:, 1:]], dim=1)
+
+    patch.setattr(jacobi.Jacobi, "slide", stale)
+    return redrawn("sjd", 1)
 
 
 @wrong()

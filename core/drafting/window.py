@@ -1,0 +1,36 @@
+"""The drafter that starts Jacobi windows: an EAGLE head or a block drafter, whichever was trained.
+
+A block drafter (DFlash, 2602.06036) predicts as many positions as its block has in one pass; an EAGLE head (2401.15077)
+goes token by token, so it is asked for no more than the positions that are redrawn every round.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from polyspec.drafting.dflash import DFlash, DFlashModel
+from polyspec.drafting.eagle import Eagle, EagleModel
+from polyspec.drafting.heads import HeadDrafter, HeadModel
+from polyspec.errors import ConfigError
+from polyspec.pipelines import load
+
+DRAFTERS: dict[str, type[HeadDrafter[Any]]] = {
+    DFlashModel.config_class.model_type: DFlash,
+    EagleModel.config_class.model_type: Eagle,
+}
+
+
+class WindowDrafter:
+    """`WindowDrafter(heads)` is the Eagle or DFlash drafter for `heads`, a model or its folder."""
+
+    kind = DFlashModel
+
+    def __new__(cls, heads: HeadModel | str | PathLike[str]) -> Any:
+        if isinstance(heads, str | PathLike):
+            found = str(load(HeadModel.config_class.get_config_dict, str(heads))[0].get("model_type"))
+        else:
+            found = getattr(getattr(heads, "config", None), "model_type", type(heads).__name__)
+        if found not in DRAFTERS:
+            raise ConfigError(f"windows start from a block drafter or an EAGLE head, not from {found!r} heads")
+        return DRAFTERS[found](heads)
