@@ -330,7 +330,8 @@ class EncoderDecoderTarget(Target):
     def drop(self, running: Sequence[bool]) -> Tensor | None:
         stay = super().drop(running)
         if stay is not None:
-            for layer in self.cross.layers:
+            layers: Any = self.cross.layers
+            for layer in layers:
                 layer.keys, layer.values = layer.keys[stay], layer.values[stay]
             self.extra.update({name: of_rows(value, stay) for name, value in self.extra.items()})
         return stay

@@ -59,10 +59,11 @@ class Pipeline:
         default = DEFAULT_RECIPE if {"draft_model", "heads"} & set(given) else PLAIN
         self.method = pipelines.choose("recommendation", recipe, default, given)
         if folder is None:
-            self.model, items = target[:2] if len(target) in (2, 3) else (None, None)
-            if not isinstance(self.model, PreTrainedModel) or not isinstance(items, Items):
+            model, items = target[:2] if len(target) in (2, 3) else (None, None)
+            if not isinstance(model, PreTrainedModel) or not isinstance(items, Items):
                 kinds = f"({', '.join(type(x).__name__ for x in target)})"
                 raise ConfigError(f"target must be a folder or a (transformers model, Items) pair, got {kinds}")
+            self.model = model
         else:
             items = Items.load(folder)
             device = device or pipelines.default_device()

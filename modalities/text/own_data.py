@@ -59,7 +59,7 @@ class DataSource:
             while len(found) < count:
                 for row in continue_prompts(self.model, [header] * batch, seed + len(found) + drawn, knobs):
                     if row[-1] in ends and len(row) - len(header) >= SHORTEST:
-                        found.append(self.tokenizer.decode(row[len(header) : -1].tolist()).strip())
+                        found.append(str(self.tokenizer.decode(row[len(header) : -1].tolist())).strip())
                 drawn += batch
                 found = list(dict.fromkeys(found))
                 if not found and drawn >= 20 * batch:
