@@ -187,7 +187,9 @@ def likeliest(depth: int, nodes: int, chances: tuple[float, ...]) -> list[list[i
     """How many children the likeliest tree has at each level: first the main chain's node (its own next one not counted),
     then each node off the main chain one level up. Levels behind the last one with a node are left out."""
     # a node is its path of ranks; a path of zeros is the main chain
-    waiting = [(-(chances[0] ** d) * chances[1], (0,) * d + (1,)) for d in range(depth)] if len(chances) > 1 else []
+    waiting: list[tuple[float, tuple[int, ...]]] = []
+    if len(chances) > 1:
+        waiting = [(-(chances[0] ** d) * chances[1], (0,) * d + (1,)) for d in range(depth)]
     heapq.heapify(waiting)
     tree: set[tuple[int, ...]] = set()
     while waiting and len(tree) < nodes:

@@ -63,7 +63,7 @@ class Pipeline:
             if not isinstance(model, PreTrainedModel) or not isinstance(items, Items):
                 kinds = f"({', '.join(type(x).__name__ for x in target)})"
                 raise ConfigError(f"target must be a folder or a (transformers model, Items) pair, got {kinds}")
-            self.model = model
+            self.model: Any = model
         else:
             items = Items.load(folder)
             device = device or pipelines.default_device()
