@@ -187,9 +187,10 @@ def likeliest(depth: int, nodes: int, chances: tuple[float, ...]) -> list[list[i
     """How many children the likeliest tree has at each level: first the main chain's node (its own next one not counted),
     then each node off the main chain one level up. Levels behind the last one with a node are left out."""
     # a node is its path of ranks; a path of zeros is the main chain
+    first, *others = chances
     waiting: list[tuple[float, tuple[int, ...]]] = []
-    if len(chances) > 1:
-        waiting = [(-(chances[0] ** d) * chances[1], (0,) * d + (1,)) for d in range(depth)]
+    if others:
+        waiting = [(-(first**d) * others[0], (0,) * d + (1,)) for d in range(depth)]
     heapq.heapify(waiting)
     tree: set[tuple[int, ...]] = set()
     while waiting and len(tree) < nodes:
@@ -199,7 +200,7 @@ def likeliest(depth: int, nodes: int, chances: tuple[float, ...]) -> list[list[i
             sibling = chance / chances[path[-1]] * chances[path[-1] + 1]
             heapq.heappush(waiting, (sibling, (*path[:-1], path[-1] + 1)))
         if len(path) < depth:
-            heapq.heappush(waiting, (chance * chances[0], (*path, 0)))
+            heapq.heappush(waiting, (chance * first, (*path, 0)))
     families = []
     level: list[tuple[int, ...]] = []
     for d in range(max(map(len, tree), default=0)):
