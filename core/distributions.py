@@ -158,10 +158,11 @@ class SharedNoise:
     """Gumbel noise by (row seed, position, token), which drafter and target, and one round and the next, ask for again.
 
     seeds `[B]` long. On a CPU, where noise costs more than looking it up, as many positions a row are remembered as the
-    widest request had; with a small vocabulary more, which are then made many at a time, before they are asked for.
+    widest request had; with a small vocabulary half as many again, made some at a time before they are asked
+    for.
     """
 
-    AHEAD = 256, 1 << 20  # positions, and numbers in all, at most, that are made before they are asked for
+    AHEAD = 1 << 20  # numbers, at most, that are made before they are asked for
 
     def __init__(self, seeds: Tensor):
         self.seeds = seeds
@@ -174,7 +175,7 @@ class SharedNoise:
         if positions.device.type != "cpu" or not width:
             return gumbel_noise(self.seeds, positions, vocab)
         if self.known.shape[1] < width or self.noise.shape[2] != vocab:
-            slots = max(width, min(self.AHEAD[0], self.AHEAD[1] // (rows * vocab)))
+            slots = max(width, min(width + width // 2, self.AHEAD // (rows * vocab)))
             self.known = torch.full((rows, slots), -1)
             self.noise = torch.empty(rows, slots, vocab)
         slots, first = self.known.shape[1], positions.amin(1, keepdim=True)
@@ -182,7 +183,7 @@ class SharedNoise:
             return gumbel_noise(self.seeds, positions, vocab)
         slot = positions % slots
         if bool((self.known.gather(1, slot) != positions).any()):
-            wanted = first + torch.arange(slots) if slots * rows * vocab <= self.AHEAD[1] else positions
+            wanted = first + torch.arange(slots) if slots * rows * vocab <= self.AHEAD else positions
             at = wanted % slots
             r, column = (self.known.gather(1, at) != wanted).nonzero(as_tuple=True)
             place, position = at[r, column], wanted[r, column]

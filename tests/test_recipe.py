@@ -64,7 +64,7 @@ def test_the_function_recipes_stays_a_function_whatever_is_imported() -> None:
 
 def test_knobs_are_what_can_be_overridden() -> None:
     sjd = find_recipe("sjd")
-    assert sjd.knobs == {"window": 16, "init": "left"}
+    assert sjd.knobs == {"window": 16, "init": "left", "refresh": None}
     method = build(sjd, {"window": 7, "init": "random"})
     assert method.length.next() == 7
     assert type(method.loop.init).__name__ == "RandomTokens"
