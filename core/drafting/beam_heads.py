@@ -20,10 +20,9 @@ from torch.nn import functional
 from polyspec.decoding.beam import BeamContext, Beams, DraftLevel, Search
 from polyspec.drafting.beam import LevelBeams, ModelBeams
 from polyspec.drafting.dflash import DFlashModel
-from polyspec.drafting.heads import HeadModel, TokenLayers, load_heads
+from polyspec.drafting.heads import HeadModel, TokenLayers, kind_of, load_heads
 from polyspec.drafting.medusa import MedusaModel
 from polyspec.errors import ConfigError, unknown
-from polyspec.pipelines import load
 from polyspec.target import Target
 
 
@@ -61,10 +60,7 @@ class HeadBeams(LevelBeams):
 
     def __init__(self, heads: HeadModel | str | PathLike[str], spread: float = 2.0, sampled: bool = False):
         super().__init__(spread, sampled)
-        if isinstance(heads, str | PathLike):
-            kind = str(load(HeadModel.config_class.get_config_dict, str(heads))[0].get("model_type"))
-        else:
-            kind = getattr(getattr(heads, "config", None), "model_type", type(heads).__name__)
+        kind = kind_of(heads)
         if kind not in KINDS:
             raise unknown("kind of heads", kind, KINDS)
         model_class, self.logits_of = KINDS[kind]

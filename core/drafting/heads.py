@@ -153,6 +153,13 @@ def load_heads(kind: type[M], heads: M | str | PathLike[str]) -> M:
     return _load(kind, str(heads), weights.stat().st_mtime if weights.exists() else 0.0)  # type: ignore[return-value]
 
 
+def kind_of(heads: Any) -> str:
+    """The model type of heads, a model or its folder; of anything else, its class."""
+    if isinstance(heads, str | PathLike):
+        return str(load(HeadModel.config_class.get_config_dict, str(heads))[0].get("model_type"))
+    return getattr(getattr(heads, "config", None), "model_type", type(heads).__name__)
+
+
 class TokenLayers:
     """The target's embedding and output layer as a head uses them, in the head's dtype and vocabulary."""
 

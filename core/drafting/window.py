@@ -11,9 +11,8 @@ from typing import Any
 
 from polyspec.drafting.dflash import DFlash, DFlashModel
 from polyspec.drafting.eagle import Eagle, EagleModel
-from polyspec.drafting.heads import HeadDrafter, HeadModel
+from polyspec.drafting.heads import HeadDrafter, HeadModel, kind_of
 from polyspec.errors import ConfigError
-from polyspec.pipelines import load
 
 DRAFTERS: dict[str, type[HeadDrafter[Any]]] = {
     DFlashModel.config_class.model_type: DFlash,
@@ -27,10 +26,7 @@ class WindowDrafter:
     kind = DFlashModel
 
     def __new__(cls, heads: HeadModel | str | PathLike[str]) -> Any:
-        if isinstance(heads, str | PathLike):
-            found = str(load(HeadModel.config_class.get_config_dict, str(heads))[0].get("model_type"))
-        else:
-            found = getattr(getattr(heads, "config", None), "model_type", type(heads).__name__)
+        found = kind_of(heads)
         if found not in DRAFTERS:
             raise ConfigError(f"windows start from a block drafter or an EAGLE head, not from {found!r} heads")
         return DRAFTERS[found](heads)

@@ -270,7 +270,7 @@ def measure(
     chosen = found.test[:users]
     targets = [e.targets for e in chosen]
     pipe = Pipeline(target=(model, items), recipe=PLAIN)
-    rest = popular(found, chosen, k)
+    rest = evaluate.popularity(found.train, k, [e.history for e in chosen])
     lists: list[list[int]] = []
     for first in tqdm(range(0, len(chosen), batch), desc="measuring", unit=" batches"):
         rows: Sequence[Example] = chosen[first : first + batch]
@@ -284,15 +284,8 @@ def measure(
     }
 
 
-def popular(found: Interactions, chosen: Sequence[Example], k: int) -> list[list[int]]:
-    return evaluate.popularity(found.train, k, [e.history for e in chosen])
-
-
-DATA: dict[str, Callable[..., Interactions]] = {"movielens": movielens, "parquet": parquet_splits}
-
-
 def interactions(name: str = "movielens", path: str | None = None) -> Interactions:
     """`movielens`, or splits in the folder `path`; ConfigError for neither."""
-    if name not in DATA or (name == "parquet") != (path is not None):
+    if name not in ("movielens", "parquet") or (name == "parquet") != (path is not None):
         raise ConfigError("train.data.name must be movielens, or parquet with train.data.path=<folder of splits>")
     return parquet_splits(path) if path is not None else movielens()
