@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from polyspec.drafting.dflash import DFlashModel
 from polyspec.drafting.eagle import EagleModel
@@ -91,14 +91,18 @@ class EagleObjective:
     """SmoothL1 on features + `classification` · soft cross-entropy on tokens (2401.15077, eq. 1-3).
 
     Input features are disturbed by uniform noise of width `noise` standard deviations, against the errors of predicted
-    features. `steps` > 1 feeds predictions back, so that the head learns from its own features too (the training-time
-    test of EAGLE-3, 2503.01840). The token loss is taken at `positions` random positions a row.
+    features. With `steps` > 1 the head also drafts on from `positions` random places a row, as it will in use: its own
+    predictions stand in for the features of the tokens drafted so far, the target's features for all before them
+    (training-time test, EAGLE-3, 2503.01840, §3.2). Step s weighs decay^(s-1).
     """
 
     last_hidden = True
 
-    def __init__(self, positions: int = 32, classification: float = 0.1, noise: float = 0.2, steps: int = 1):
-        self.positions, self.classification, self.noise, self.steps = positions, classification, noise, steps
+    def __init__(
+        self, positions: int = 32, classification: float = 0.1, noise: float = 0.1, steps: int = 3, decay: float = 0.8
+    ):
+        self.positions, self.classification, self.noise = positions, classification, noise
+        self.steps, self.decay = steps, decay
 
     def __call__(self, model: EagleModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
         *inputs, last = batch["hidden"]
@@ -106,28 +110,35 @@ class EagleObjective:
         feature = model.features(tuple(h[:, :-1] for h in inputs))
         if self.noise:
             feature = feature + (torch.rand_like(feature) - 0.5) * self.noise * feature.std()
-        embedded = layers.embed(tokens[:, 1:-1])
         order = torch.arange(width, device=tokens.device)
-        mask = (order <= order[:, None])[None, None]
-        goal = last[:, 1:]  # entry j, (f_j, x_{j+1}), predicts f_{j+1}
+        cache, mask = DynamicCache(), (order <= order[:, None])[None, None]
+        out = model(layers.embed(tokens[:, 1:-1]), feature, order[None], mask, cache)
+        goal, held = last[:, 1:], len(inputs) == 1  # entry j, (f_j, x_{j+1}), predicts f_{j+1}; a fused one is free
         learnt = (order + 1 >= batch["prompts"][:, None] - 1) & (order + 1 < batch["lengths"][:, None] - 1)
-        chosen = random_positions(batch["prompts"] - 2, batch["lengths"] - 2, self.positions).clamp(0, width - 1)
-        totals: dict[str, Tensor] = {}
+        totals = {"loss": distance(out, goal)[learnt].mean() if held else out.new_zeros(())}
+        entry = random_positions(batch["prompts"] - 2, batch["lengths"] - 2, self.positions).clamp(0, width - 1)
+        visible, predicted = order <= entry[..., None], rows_at(out, entry)
+        own = torch.eye(self.positions, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
         for step in range(self.steps):
-            out = model(embedded, feature, order[None], mask)
-            regression = functional.smooth_l1_loss(out.float(), goal.float(), reduction="none").mean(-1)
-            p = layers.logits(rows_at(goal, chosen)).float().softmax(-1)
-            logits = layers.logits(rows_at(out, chosen)).float()
-            tokens_loss = -(p * logits.log_softmax(-1)).sum(-1).mean()
-            loss = self.classification * tokens_loss
-            if len(inputs) == 1:  # a fused feature has nothing to be held to
-                loss = loss + regression[learnt].mean()
-            right = (logits.argmax(-1) == p.argmax(-1)).float().mean()
-            now = {"loss": loss / self.steps, f"ce_{step + 1}": tokens_loss, f"accuracy_{step + 1}": right}
-            totals = {**totals, **now, "loss": totals.get("loss", 0) + now["loss"]}
-            # the next pass sees, at entry j, the feature that this one predicted at entry j-1
-            feature = torch.cat([feature[:, :1], out[:, :-1]], dim=1)
+            if step > 0:
+                entry = entry + 1
+                visible = torch.cat([visible, own], dim=2)
+                drafted = layers.embed(tokens.gather(1, (entry + 1).clamp(max=width)))
+                predicted = model(drafted, predicted, entry, visible[:, None], cache)
+            at = entry.clamp(max=width - 1)
+            inside, there = learnt.gather(1, at) & (entry < width), rows_at(goal, at)
+            p, logits = layers.logits(there).float().softmax(-1), layers.logits(predicted).float()
+            losses = -self.classification * (p * logits.log_softmax(-1)).sum(-1)
+            if held and step > 0:
+                losses = losses + distance(predicted, there)
+            totals["loss"] = totals["loss"] + self.decay**step * losses[inside].mean()
+            totals[f"accuracy_{step + 1}"] = (logits.argmax(-1) == p.argmax(-1))[inside].float().mean()
         return totals
+
+
+def distance(features: Tensor, goal: Tensor) -> Tensor:
+    """SmoothL1 between features `[.., d]`, averaged over d."""
+    return functional.smooth_l1_loss(features.float(), goal.float(), reduction="none").mean(-1)
 
 
 class DistilObjective:
