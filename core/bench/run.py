@@ -3,8 +3,10 @@
 For every batch of prompts each contestant runs in turn, so that a machine whose speed drifts slows all of them alike;
 what is reported are medians of the ratios taken batch by batch. Beside each speed-up stands its ceiling,
 `tokens per call × time of a 1-token call / time of an N-token call` with all three measured in the same run, and
-`efficiency = speed-up / ceiling`: how much of the possible gain the loop and the drafter leave. Where drafts are drawn,
-the share that is accepted stands beside 1 − TV(p, q), the most that a lossless rule can accept of this drafter's.
+`efficiency = speed-up / ceiling`: how much of the possible gain the loop and the drafter leave. In a batch, rows finish after
+different numbers of calls: a call is timed with as many rows as ran on average, and the tokens of all rows are counted.
+Where drafts are drawn, the share that is accepted stands beside 1 − TV(p, q), the most that a lossless rule can accept of
+this drafter's.
 Recipes that promise the plain loop's own tokens (temperature 0, shared Gumbel noise) are compared with it output by output.
 """
 
@@ -53,6 +55,12 @@ class Contestant:
         """Over all runs."""
         calls = sum(s.row_calls for s in self.stats)
         return sum(s.new_tokens for s in self.stats) / calls if calls else 1.0
+
+    @property
+    def rows(self) -> float:
+        """Mean number of rows that still ran in a target call."""
+        calls = sum(s.target_calls for s in self.stats)
+        return sum(s.row_calls for s in self.stats) / calls if calls else float("inf")
 
     @property
     def tokens_scored(self) -> float:
@@ -229,8 +237,7 @@ def results(
 ) -> list[dict[str, Any]]:
     """One dict a contestant: ratios against transformers and the plain loop, ceiling, efficiency, acceptance."""
     reference, loop = contestants[0], contestants[1]
-    sizes = sorted({1, *(round(c.tokens_scored) for c in contestants)})
-    cost = evaluate.call_seconds(plain, batch, sizes, **arguments)
+    rates = unhindered(contestants, evaluate, plain, batch, arguments)
     do_sample = plain.settings(**arguments)["do_sample"] if hasattr(plain, "settings") else arguments.get("do_sample")
     if do_sample is None:
         do_sample = bool(plain.model.generation_config.do_sample)
@@ -238,7 +245,7 @@ def results(
     for c in contestants:
         ratios = [a / b for a, b in zip(reference.seconds, c.seconds, strict=True)]
         plain_ratios = [a / b for a, b in zip(loop.seconds, c.seconds, strict=True)]
-        ceiling = c.tokens_per_call * cost[1] / cost[round(c.tokens_scored)]
+        ceiling = rates[c.label] / rates[loop.label]
         rows.append(
             {
                 "label": c.label,
@@ -262,6 +269,20 @@ def results(
             }
         )
     return rows
+
+
+def unhindered(
+    contestants: Sequence[Contestant], evaluate: Any, plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]
+) -> dict[str, float]:
+    """Tokens a second of each contestant if nothing but its target calls took time."""
+    running = {c.label: min(c.rows, len(batch)) for c in contestants}
+    calls = {c.label: (round(running[c.label]), round(c.tokens_scored)) for c in contestants}
+    seconds: dict[tuple[int, int], float] = {}
+    for rows in sorted({rows for rows, _ in calls.values()}):
+        sizes = sorted({size for r, size in calls.values() if r == rows})
+        found = evaluate.call_seconds(plain, batch[:rows], sizes, **arguments)
+        seconds.update({(rows, size): found[size] for size in sizes})
+    return {c.label: c.tokens_per_call * running[c.label] / seconds[calls[c.label]] for c in contestants}
 
 
 def quality(
