@@ -129,14 +129,8 @@ class CustomGenerate:
         draws = make_draws(self.method, generation_config.do_sample, self.seed, input_ids.shape[0], input_ids.device)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        self.stats = decode(
-            self.method,
-            target,
-            sequences,
-            Processing(processors),
-            draws,
-            {"past": past, "positions": positions, **model_kwargs},
-        )
+        prefill = {"past": past, "positions": positions, **model_kwargs}
+        self.stats = decode(self.method, target, sequences, Processing(processors), draws, prefill)
         if self.streamer is not None:
             self.streamer.end()
         if generation_config.return_dict_in_generate:

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from recipe_needs import overrides
+from recipe_needs import by_name, overrides
 from tiny_models import llama, sharpen
 from tiny_vlms import CONFIGS, IMAGE, ROWS, VOCAB, Inputs, prompt, target, vision_tower
 from torch import Tensor
 
 import polyspec
+from polyspec.drafting.image_views import ImageAdapter, ImageAdapterConfig
 from polyspec.modalities.vision_language.target import PaliGemmaTarget
-from polyspec.recipe import find_recipe
+from polyspec.recipe import Recipe, find_recipe
 from polyspec.target import Target
 
 NEW_TOKENS = 16
-RECIPES = ("autoregressive", "prompt_lookup", "speculative_sampling", "medusa", "eagle", "dflash")
+RECIPES = (
+    "autoregressive", "prompt_lookup", "speculative_sampling", "medusa", "eagle", "dflash", "text_only_draft", "ibed",
+    "tabed",
+)  # fmt: skip
+EXACT = [r for r in polyspec.recipes("vision_language") if r.guarantee == "exact"]
+
+
+@cache
+def drafter() -> Any:
+    """A text model with a padded vocabulary, narrower than the targets."""
+    torch.manual_seed(3)
+    return sharpen(llama(vocab=VOCAB + 3, hidden=16), 6.0).eval()
+
+
+@cache
+def adapter() -> ImageAdapter:
+    torch.manual_seed(4)
+    return ImageAdapter(ImageAdapterConfig(feature_size=32, hidden_size=24, output_size=16)).eval()
+
+
+def drafting(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's drafter needs here, and all that it takes."""
+    made = {
+        "draft_model": drafter(),
+        "image_adapter": adapter(),
+        "captioner": lambda row, image: [5 + row, 6 + image, 7][: 1 + image + row],
+    }
+    return {k: v for k, v in made.items() if k in (*recipe.needs, *recipe.takes)}
 
 
 def plain(model: Any, given: Inputs, **options: Any) -> Tensor:
@@ -25,10 +54,7 @@ def plain(model: Any, given: Inputs, **options: Any) -> Tensor:
 
 
 def run(recipe: str, model: Any, given: Inputs, **options: Any) -> Tensor:
-    knobs = overrides(find_recipe(recipe), model)
-    if "draft_model" in knobs:
-        torch.manual_seed(3)
-        knobs["draft_model"] = sharpen(llama(vocab=VOCAB + 3), 6.0).eval()
+    knobs = {**overrides(find_recipe(recipe), model), **drafting(find_recipe(recipe))}
     return plain(model, given, custom_generate=polyspec.custom_generate(recipe, seed=0, **knobs), **options)
 
 
@@ -39,7 +65,7 @@ def test_greedy_tokens_are_those_of_generate_for_one_row(family: str) -> None:
     expected = plain(model, given)
     blind = {**given, "pixel_values": given["pixel_values"].flip(-1)}
     assert not torch.equal(plain(model, blind), expected), "the image should matter"
-    for recipe in RECIPES:
+    for recipe in ("autoregressive", "dflash", "ibed"):
         assert torch.equal(run(recipe, model, given), expected), recipe
 
 
@@ -54,12 +80,18 @@ def test_greedy_tokens_are_those_of_generate_for_ragged_rows_with_one_two_and_no
         assert torch.equal(run(recipe, model, given, eos_token_id=ends, pad_token_id=0), expected), recipe
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@by_name(EXACT)
+def test_every_exact_recipe_gives_the_tokens_of_generate(recipe: Recipe) -> None:
+    model, given = target("llava"), prompt("llava", ROWS)
+    assert torch.equal(run(recipe.name, model, given), plain(model, given))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "smolvlm"])
 def test_the_vision_tower_runs_once_a_request(family: str) -> None:
     model, calls = target(family), []
     hook = vision_tower(model).register_forward_hook(lambda *_: calls.append(1))
     try:
-        run("speculative_sampling", model, prompt(family, ROWS[:2]))
+        run("ibed", model, prompt(family, ROWS[:2]))
     finally:
         hook.remove()
     assert len(calls) == 1
