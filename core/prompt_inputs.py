@@ -44,11 +44,13 @@ class Places:
 class PromptInputs:
     """once: keyword arguments of the model for its pass over the prompt alone. places: None if positions are simply
     counted. features: what stands in the place of the image placeholders, `[N, d]` in their order, None if there are no
-    images or the model encodes them in the pass itself. bidirectional: whether tokens see some that follow them."""
+    images or the model encodes them in the pass itself; image_sizes: how many belong to each image. bidirectional:
+    whether tokens see some that follow them."""
 
     once: Mapping[str, Any] = field(default_factory=dict)
     places: Places | None = None
     features: Tensor | None = None
+    image_sizes: tuple[int, ...] = ()
     bidirectional: bool = False
 
 
@@ -76,7 +78,8 @@ def gather_inputs(
             return x
         return x.expand(*x.shape[:-2], *order.shape).gather(-1, order.expand(*x.shape[:-2], -1, -1))[..., : max(counts)]
 
-    features = image_features(once.get("mm_encoder_outputs"))
+    images = image_features(once.get("mm_encoder_outputs"))
+    features = torch.cat(images) if images else None
     given = {k: v for k, v in once.items() if k not in (*KINDS, "inputs_embeds")}
     kinds = {k: packed(once[k]) for k in KINDS if k in once}
     if (embeds := once.get("inputs_embeds")) is not None:
@@ -87,7 +90,7 @@ def gather_inputs(
     if mask is not None:
         given["attention_mask"] = mask
     places = None if positions is None else own_places(packed(positions.to(tokens.device)), counts)
-    return PromptInputs(given, places, features, mask is not None)
+    return PromptInputs(given, places, features, tuple(map(len, images)), mask is not None)
 
 
 def own_places(table: Tensor, counts: Sequence[int]) -> Places | None:
@@ -124,12 +127,14 @@ def placeholder_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(int(i) for i in found if isinstance(i, int))
 
 
-def image_features(encoded: Any) -> Tensor | None:
-    """What the model puts in the place of image placeholders `[N, d]`, out of generate's `mm_encoder_outputs`."""
+def image_features(encoded: Any) -> list[Tensor]:
+    """What the model puts in the place of each image's placeholders `[n, d]`, out of generate's `mm_encoder_outputs`."""
     features = getattr((encoded or {}).get("image"), "pooler_output", None)
-    if isinstance(features, list | tuple):
-        features = torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
-    return None if features is None else features.reshape(-1, features.shape[-1])
+    if features is None:
+        return []
+    if isinstance(features, Tensor) and features.ndim == 2:
+        features = [features]
+    return [f.reshape(-1, f.shape[-1]) for f in features]
 
 
 def check_placeholders(model: PreTrainedModel, input_ids: Tensor, given: Mapping[str, Any]) -> None:
@@ -139,8 +144,7 @@ def check_placeholders(model: PreTrainedModel, input_ids: Tensor, given: Mapping
     encodes = "mm_encoder_outputs" in given and "image" in getattr(model, "input_modalities", ())
     if not isinstance(image, int) or not encodes:
         return
-    features = image_features(given["mm_encoder_outputs"])
-    found, there = int((input_ids == image).sum()), 0 if features is None else len(features)
+    found, there = int((input_ids == image).sum()), sum(map(len, image_features(given["mm_encoder_outputs"])))
     if found != there:
         raise InputError(
             f"the prompts hold {found} image placeholders (token {image}), but the images given fill {there}; give each "

@@ -1,8 +1,8 @@
 """One small model drafts from several prompts at once, and the mean of its distributions proposes the token.
 
 TABED: Test-Time Adaptive Ensemble Drafting for Robust Speculative Decoding in LVLMs, 2601.20357: its batched ensemble
-with equal weights (in-batch ensemble drafting, IbED; `tabed` has the weights that adapt). The prompts differ in what stands for an image:
-M its features, T nothing, C a caption, P its pooled features. They are rows of one batch of the drafter:
+with equal weights (in-batch ensemble drafting, IbED; `tabed` has the weights that adapt). The prompts differ in what
+stands for an image: M its features, T nothing, C a caption, P its pooled features. They are rows of one batch:
 
     P_ens(x) = Σ_m w_m · softmax(logits_m)(x),   w_m = 1/K
 

@@ -7,7 +7,7 @@ that the target's vision tower has computed already, brought to the drafter's wi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -102,11 +102,9 @@ def view_prompts(
     embeddings that `model` gets in their place `[K·B, P', d_q]` if there are any other than tokens'."""
     features, rows = target.given.features, [h[:] for h in sequences.history]
     image, others = getattr(target.model.config, "image_token_id", None), placeholder_ids(target.model)
-    counts = [row.count(image) for row in rows]
-    own = [None] * len(rows) if features is None else features.split(counts)
-    prompts = [
-        pieces(row, number, view, image, others, own[number]) for view in views for number, row in enumerate(rows)
-    ]
+    starts = accumulate((row.count(image) for row in rows), initial=0)
+    cut = [mark_images(row, image, others, target.given.image_sizes, s) for row, s in zip(rows, starts, strict=False)]
+    prompts = [pieces(runs, row, view, features) for view in views for row, runs in enumerate(cut)]
     lengths = [sum(len(piece) for piece in prompt) for prompt in prompts]
     width = max(lengths)
     tokens = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -127,17 +125,34 @@ def view_prompts(
     return tokens.to(sequences.device), mask, {"inputs_embeds": embeds}
 
 
-def pieces(
-    tokens: list[int], row: int, view: View, image: int | None, placeholders: Sequence[int], features: Tensor | None
-) -> list[list[int] | Tensor]:
-    """A row's prompt cut at its images, each replaced by what `view` makes of it. Videos are left out."""
-    found: list[list[int] | Tensor] = []
-    number = start = 0
-    for kind, run in groupby(tokens, lambda t: t if t in placeholders else None):
-        part = list(run)
+Run = tuple[int, int] | list[int]  # of an image: its features' first and last + 1; or text
+
+
+def mark_images(
+    tokens: list[int], image: int | None, placeholders: Sequence[int], sizes: Sequence[int], start: int
+) -> list[Run]:
+    """A row's prompt cut at its images, the first of its placeholders being number `start` in the batch. Videos are left
+    out. sizes: of all images; where one ends and the next follows without text between, they are told apart."""
+    ends, found = set(accumulate(sizes)), []
+    for kind, group in groupby(tokens, lambda t: t if t in placeholders else None):
+        run = list(group)
         if kind is None:
-            found.append(part)
-        elif kind == image and features is not None:
-            found.append(view(row, number, features[start : start + len(part)]))
-            number, start = number + 1, start + len(part)
+            found.append(run)
+        elif kind == image:
+            cuts = [start, *(e for e in range(start + 1, start + len(run)) if e in ends), start + len(run)]
+            found += pairwise(cuts)
+            start += len(run)
+    return found
+
+
+def pieces(runs: Sequence[Run], row: int, view: View, features: Tensor | None) -> list[list[int] | Tensor]:
+    """A row's prompt with every image replaced by what `view` makes of it."""
+    found: list[list[int] | Tensor] = []
+    number = 0
+    for run in runs:
+        if isinstance(run, list):
+            found.append(run)
+        elif features is not None:
+            found.append(view(row, number, features[run[0] : run[1]]))
+            number += 1
     return found

@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-STOP = frozenset("a an and at by for from in is it of on or the this to with picture image shows photo".split())
+STOP = frozenset(
+    ("a", "an", "and", "at", "by", "for", "from", "in", "is", "it", "of", "on", "or", "the", "this", "to", "with")
+) | {"picture", "image", "shows", "photo"}
 
 
 @dataclass(frozen=True, slots=True)

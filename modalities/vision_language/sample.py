@@ -96,6 +96,12 @@ def assemble(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA of the language model in `language_folder` and `eyes`, and its processor."""
     language = load(AutoModelForCausalLM.from_pretrained, language_folder, dtype=dtype)
+    made_for, width = eyes.config.text_config.hidden_size, language.config.hidden_size  # type: ignore[union-attr]
+    if made_for != width:
+        raise CheckpointError(
+            f"this vision tower was trained for a language model of width {made_for}, {language_folder} has {width}; "
+            "train one for it with polyspec task=train modality=vision_language"
+        )
     fields = {k: v for k, v in eyes.config.to_dict().items() if k not in ("model_type", "text_config", "architectures")}
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(**{**fields, "text_config": language.config}))

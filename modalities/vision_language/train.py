@@ -80,7 +80,9 @@ def read_examples(paths: Sequence[str], split: str) -> list[Example]:
         title = "title" if "title" in table else "caption"
         keywords = "keywords" if "keywords" in table else "tags"
         if lacking := [c for c in ("image", title, keywords, "split") if c not in table]:
-            raise ConfigError(f"{path} has no column {lacking[0]}; it needs image, title or caption, keywords or tags, split")
+            raise ConfigError(
+                f"{path} has no column {lacking[0]}; it needs image, title or caption, keywords or tags, split"
+            )
         rows = table[table["split"] == split]
         for image, name, words in zip(rows["image"], rows[title], rows[keywords], strict=True):
             if isinstance(name, str) and name.strip() and SKIN not in name:
@@ -155,7 +157,8 @@ def train(config: Any) -> dict[str, Any]:
     `output`/report.json."""
     from hydra.utils import instantiate
 
-    output = make_folder(config.output)
+    output = Path(str(config.output))
+    make_folder(output)
     device = config.device or pipelines.default_device()
     size, schedule = instantiate(config.size), instantiate(config.schedule)
     paths = [str(p) for p in config.data.paths]

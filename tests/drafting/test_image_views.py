@@ -13,7 +13,15 @@ from tiny_vlms import END, IMAGE, ROWS, START, VOCAB, prompt, target
 
 import polyspec
 from polyspec.drafting.ibed import Ibed
-from polyspec.drafting.image_views import ImageAdapter, ImageAdapterConfig, adapted, captioned, dropped, view_prompts
+from polyspec.drafting.image_views import (
+    ImageAdapter,
+    ImageAdapterConfig,
+    adapted,
+    captioned,
+    dropped,
+    mark_images,
+    view_prompts,
+)
 from polyspec.drafting.tabed import Tabed, grid
 
 
@@ -34,7 +42,7 @@ def views_of(*views: Any) -> tuple[Any, Any, Any, torch.Tensor]:
     features = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
     history = [row[mask].tolist() for row, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True)]
     sequences: Any = SimpleNamespace(history=history, device=torch.device("cpu"))
-    seen: Any = SimpleNamespace(model=target("llava"), given=SimpleNamespace(features=features))
+    seen: Any = SimpleNamespace(model=target("llava"), given=SimpleNamespace(features=features, image_sizes=(4, 4, 4)))
     return *view_prompts(seen, sequences, drafter(), views), features
 
 
@@ -120,3 +128,9 @@ def test_an_adapter_for_another_drafter_is_refused_before_the_target_runs(tmp_pa
             target("llava").generate(**prompt("llava", ROWS), max_new_tokens=4, custom_generate=fast)
     with pytest.raises(polyspec.CheckpointError):
         polyspec.custom_generate("text_only_draft", draft_model=drafter(), image_adapter=tmp_path / "nothing")
+
+
+def test_images_with_no_text_between_them_are_told_apart() -> None:
+    row = [7, *[IMAGE] * 8, 5, *[IMAGE] * 2, 6, *[IMAGE] * 2, 9]
+    found = mark_images(row, IMAGE, (IMAGE,), (3, 4, 4, 4), 3)
+    assert found == [[7], (3, 7), (7, 11), [5], (11, 13), [6], (13, 15), [9]]
