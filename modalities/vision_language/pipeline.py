@@ -85,7 +85,9 @@ class Pipeline:
                 for c in parts
             ]
         else:
-            texts = ["".join(placeholder if c["type"] == "image" else c["text"] for c in part) for part in parts]
+            if placeholder is None and any(pictures):
+                raise InputError(f"{type(self.processor).__name__} has neither a chat template nor an image token")
+            texts = ["".join(c.get("text", str(placeholder)) for c in part) for part in parts]
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
