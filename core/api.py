@@ -98,7 +98,10 @@ class CustomGenerate:
         is_encoder_decoder = model.config.is_encoder_decoder
         mask = model_kwargs.pop("decoder_attention_mask" if is_encoder_decoder else "attention_mask", None)
         past = model_kwargs.pop("past_key_values", None)
-        for key in ("position_ids", "decoder_position_ids", "use_cache", "logits_to_keep", "output_hidden_states"):
+        positions = model_kwargs.pop("position_ids", None)
+        if positions is not None and (is_encoder_decoder or positions.shape[-1] != input_ids.shape[1]):
+            positions = None
+        for key in ("decoder_position_ids", "use_cache", "logits_to_keep", "output_hidden_states"):
             model_kwargs.pop(key, None)
         if model_kwargs.get("inputs_embeds") is not None:
             raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
@@ -126,9 +129,8 @@ class CustomGenerate:
         draws = make_draws(self.method, generation_config.do_sample, self.seed, input_ids.shape[0], input_ids.device)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        self.stats = decode(
-            self.method, target, sequences, Processing(processors), draws, {"past": past, **model_kwargs}
-        )
+        prefill = {"past": past, "positions": positions, **model_kwargs}
+        self.stats = decode(self.method, target, sequences, Processing(processors), draws, prefill)
         if self.streamer is not None:
             self.streamer.end()
         if generation_config.return_dict_in_generate:

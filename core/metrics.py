@@ -14,6 +14,7 @@ class DecodingStats:
 
     new_tokens counts every row's committed tokens; target_calls counts forward passes of the target after the prompt's.
     A row takes part in a call until it has finished: row_calls is the sum over calls of rows still running.
+    draft_ratio: the drafter's parameters over the target's, 0 for a drafter that has none.
     """
 
     recipe: str = ""
@@ -25,6 +26,7 @@ class DecodingStats:
     proposed_tokens: int = 0
     scored_tokens: int = 0
     accepted_tokens: int = 0
+    draft_ratio: float = 0.0
     wall_seconds: float = 0.0
     prefill_seconds: float = 0.0
     target_seconds: float = 0.0
@@ -42,6 +44,18 @@ class DecodingStats:
     def acceptance_rate(self) -> float:
         """Accepted drafted tokens over proposed ones."""
         return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else 0.0
+
+    @property
+    def mbsu(self) -> float:
+        """Memory-bound speed-up (2404.08856): tokens per call over what a call and its drafts cost, 1 + cN, where reading
+        the weights is all that costs; c is the draft ratio, N the drafter's calls a target call."""
+        calls = self.draft_calls / self.target_calls if self.target_calls else 0.0
+        return self.tokens_per_call / (1 + self.draft_ratio * calls)
+
+    @property
+    def token_rate(self) -> float:
+        """New tokens a second, of all rows together."""
+        return self.new_tokens / self.wall_seconds if self.wall_seconds else 0.0
 
     def record(self, proposed: int, gained: list[int], scored: int | None = None) -> None:
         """Count a round: drafts `proposed` tokens deep, after which row b had `gained[b]` more (0: not running).
@@ -73,4 +87,5 @@ class DecodingStats:
 
     def to_dict(self) -> dict[str, object]:
         """All fields and rates, JSON-ready."""
-        return {**asdict(self), "tokens_per_call": self.tokens_per_call, "acceptance_rate": self.acceptance_rate}
+        rates = ("tokens_per_call", "acceptance_rate", "mbsu", "token_rate")
+        return {**asdict(self), **{rate: getattr(self, rate) for rate in rates}}

@@ -10,9 +10,9 @@ next drafts, so a round is one forward pass whatever was accepted, and the first
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from polyspec.attention import grouped
 from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+from polyspec.prompt_inputs import PromptInputs, check_placeholders, gather_inputs, refuse_guidance, split_once
 from polyspec.trees import Tree
 
 
@@ -94,6 +95,8 @@ class Target:
         self.takes_attention = bool(getattr(model, "_supports_attention_backend", False))
         self.windows = attention_windows(self.config)
         self.extra: dict[str, Any] = {}
+        self.given = PromptInputs()  # what came with the prompt
+        self.once: Mapping[str, Any] = {}  # of that, what the pass under way gets
         self.wanted = 0
         self.keep_finished = False  # whether rows that have stopped stay in the cache, for `past`
 
@@ -116,19 +119,27 @@ class Target:
         *,
         capacity: int,
         past: Cache | None = None,
+        positions: Tensor | None = None,
         **extra: Any,
     ) -> Output | None:
         """Run the prompt `[B, P]` but for each row's last token, dropping padding (mask `[B, P]`, 1 = token).
 
         capacity: slots to allocate (prompt + everything to come). past: a filled transformers cache to continue from,
-        holding the first of the prompt's tokens. extra: keyword arguments every forward pass gets. Returns the hidden
-        states of the prompt (row b: its first `lengths[b]` tokens), None if there was nothing to run.
+        holding the first of the prompt's tokens. positions: of the prompt's tokens `[.., B, P]`, where the model counts
+        them in its own way. extra: keyword arguments every forward pass gets, but for images and what else belongs to the
+        prompt alone. Returns the hidden states of the prompt (row b: its first `lengths[b]` tokens), None if there was
+        nothing to run.
         """
         self.rows = tokens.shape[0]
+        check_placeholders(self.model, tokens, extra)
+        once, extra = split_once(extra)
         self.extra = {**self.extra, **extra}
         if self.guidance is not None:
-            tokens, mask = self.with_unconditional(tokens, mask)
+            refuse_guidance(once)
+            tokens, mask, positions = *self.with_unconditional(tokens, mask), None
+        order = None if mask is None else packing(mask)
         tokens, counts = pack_rows(tokens, mask)
+        self.given = gather_inputs(self.model, tokens, counts, order, once, positions)
         self.prompts, self.prompt_lengths = tokens, counts
         kept = [c - 1 for c in counts]
         self.streams = tokens.shape[0]
@@ -137,9 +148,21 @@ class Target:
             return self.continue_from(past, held, tokens, kept, mask)
         if max(kept) == 0:
             return None
-        output = self.run(tokens[:, : max(kept)], None, keep_logits=False)
+        # tokens that see what follows them have to see the last one too, which is run again with the first drafts
+        width = max(counts) if self.given.bidirectional else max(kept)
+        output = self.run_prompt(tokens[:, :width])
         self.cache.rollback(kept)
-        return output
+        return Output(output.logits, tuple(h[:, : max(kept)] for h in output.hidden))
+
+    def run_prompt(self, tokens: Tensor) -> Output:
+        """A pass over prompt tokens `[S, T]`, with what came beside them."""
+        self.once = dict(self.given.once)
+        if self.once.get("inputs_embeds") is not None:
+            self.once["inputs_embeds"] = self.once["inputs_embeds"][:, : tokens.shape[1]]
+        try:
+            return self.run(tokens, None, keep_logits=False)
+        finally:
+            self.once, self.given = {}, replace(self.given, once={})  # pictures and masks are not kept any longer
 
     def open(self, rows: int, capacity: int) -> None:
         """Begin with an empty cache of `capacity` slots, for a loop that lays its tokens out itself; not under guidance."""
@@ -206,6 +229,7 @@ class Target:
             kwargs[self.position_key] = positions
         if self.takes_logits_to_keep:
             kwargs["logits_to_keep"] = self.wanted if keep_logits else 1
+        kwargs |= self.once
         out = self.model(
             **kwargs, **self.extra, use_cache=True, output_hidden_states=bool(self.hidden_layers), return_dict=True
         )
@@ -219,9 +243,9 @@ class Target:
             every, tokens = tokens, self.present(tokens)
             if isinstance(tree, Tree) and tree.parents.dim() == 2:
                 tree = Tree(self.present(tree.parents), tree.height, tree.width)
-        offsets, mask = self.layout(tokens.shape[1], tree, tokens.device)
+        slots, mask = self.layout(tokens.shape[1], tree, tokens.device)
         with grouped(self.config) if self.takes_attention else nullcontext():
-            logits, hidden = self.call(tokens, offsets, mask, keep_logits)
+            logits, hidden = self.call(tokens, self.place(slots), mask, keep_logits)
         if logits is not None and self.guidance is not None:
             half = len(tokens) // 2
             logits = self.guidance.combine(logits[:half], logits[half:], self.guidance.scale)
@@ -237,6 +261,12 @@ class Target:
         assert self.cache is not None and self.cache.present is not None
         present = self.cache.present
         return present.new_zeros(streams).scatter(0, present, torch.arange(len(present), device=present.device))
+
+    def place(self, slots: Tensor) -> Tensor:
+        """The positions `[S, T]`, or `[.., S, T]` where the model has several kinds, of tokens in `slots [S, T]`."""
+        assert self.cache is not None
+        places = self.given.places
+        return slots if places is None else places.of(slots, self.cache.present)
 
     def layout(self, new: int, tree: Tree | Layout | None, device: torch.device) -> tuple[Tensor, Any]:
         """Positions `[S, T]` and attention mask(s) `[S or 1, 1, T, K]` of `new` tokens behind the kept ones."""
@@ -300,6 +330,10 @@ class Target:
         assert self.cache is not None
         if self.guidance is not None:
             raise InputError("past_key_values cannot be continued under guidance: the unconditional stream has none")
+        if self.given.bidirectional:
+            raise InputError(
+                "past_key_values cannot be continued where an image's tokens see each other; leave them out"
+            )
         in_past = torch.ones_like(tokens[:, :held]) if mask is None else mask[:, :held]
         slots = in_past.long().argsort(dim=1, descending=True, stable=True)
         have = [min(n, k) for n, k in zip(in_past.sum(1).tolist(), kept, strict=True)]
@@ -309,7 +343,7 @@ class Target:
         if missing > 0:
             start = torch.tensor(have, device=tokens.device)[:, None]
             columns = (start + torch.arange(missing, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
-            output = self.run(tokens.gather(1, columns), None, keep_logits=False)
+            output = self.run_prompt(tokens.gather(1, columns))
         self.cache.rollback(kept)
         return output
 
@@ -417,11 +451,15 @@ def pack_rows(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
     """
     if mask is None:
         return tokens, [tokens.shape[1]] * tokens.shape[0]
-    order = mask.long().argsort(dim=1, descending=True, stable=True)
     counts = mask.long().sum(1).tolist()
     if min(counts) == 0:
         raise InputError(f"row {counts.index(0)} of the batch has an empty prompt; give it at least one token")
-    return tokens.gather(1, order)[:, : max(counts)], counts
+    return tokens.gather(1, packing(mask))[:, : max(counts)], counts
+
+
+def packing(mask: Tensor) -> Tensor:
+    """The columns `[B, P]` of a mask's real tokens in their order, then those of its padding."""
+    return mask.long().argsort(dim=1, descending=True, stable=True)
 
 
 @cache

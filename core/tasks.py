@@ -49,10 +49,14 @@ def generate(config: DictConfig) -> None:
         baseline(prompts, **arguments)  # both sides start warm
         plain = with_progress(console, "plain", baseline, prompts, arguments)
         pipe(prompts, **arguments)
-    result = with_progress(console, pipe.method.recipe.name, pipe, prompts, arguments)
+    streamed = bool(config.modality.get("stream")) and len(prompts) == 1 and plain is None
+    if streamed:
+        result = pipe(prompts, streamer=pipe.streamer(), **arguments)
+    else:
+        result = with_progress(console, pipe.method.recipe.name, pipe, prompts, arguments)
     paths = write_outputs(result, config.output, str(prompts[0]), plain)
     console.print(summary(result, plain))
-    for text in (o for o in result.outputs if isinstance(o, str)):
+    for text in (o for o in result.outputs if isinstance(o, str) and not streamed):
         console.print(text, markup=False)
     for number, ranked in enumerate(o for o in result.outputs if isinstance(o, list)):
         console.print(ranking(ranked, f"history {number}" if len(result.outputs) > 1 else None))

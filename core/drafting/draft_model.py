@@ -44,6 +44,8 @@ class DraftModel:
     """
 
     hidden_layers: tuple[int, ...] = ()
+    copies = 1
+    """Prompts that this model drafts from for every row, in one batch: copy k of row b is its stream kB + b."""
 
     def __init__(self, draft_model: PreTrainedModel | str | PathLike[str]):
         self.loaded = isinstance(draft_model, str | PathLike)
@@ -76,12 +78,31 @@ class DraftModel:
             self.model.to(context.target.device)  # type: ignore[arg-type]
         self.draft_target = make_target(self.model, context.target.guidance)
         s = context.sequences
-        prompt = s.tokens[:, : s.prompt_length]
-        mask = (torch.arange(s.prompt_length, device=s.device) >= s.pad_tensor[:, None]).long()
+        context.stats.draft_ratio = self.model.num_parameters() / context.target.model.num_parameters()
+        tokens, mask, extra = self.prompts()
+        longer = max(0, tokens.shape[1] - s.prompt_length)
         self.draft_target.prefill(
-            self.to_own(prompt), mask.to(self.draft_target.device), capacity=s.limit + 32, **self.encoded()
+            self.to_own(tokens), mask.to(self.draft_target.device), capacity=s.limit + longer + 32, **extra
         )
+        # how many tokens more than the target each stream has in its cache, as its prompt may be another
+        streams = zip(self.draft_target.cache_lengths, s.cached * self.copies, strict=False)
+        self.ahead = [own - n for own, n in streams]
         self.fed = s.cached  # how many of each row's tokens this model has been through, drafts included
+
+    def prompts(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """What this model drafts from: tokens and mask `[copies · B, P]`, and keyword arguments of prefill. A prompt may
+        differ from the target's, but for its last token."""
+        s = self.context.sequences
+        mask = (torch.arange(s.prompt_length, device=s.device) >= s.pad_tensor[:, None]).long()
+        return s.tokens[:, : s.prompt_length], mask, self.encoded()
+
+    def own(self, lengths: list[int]) -> list[int]:
+        """The length of every stream's cache where the target's rows have `lengths`."""
+        return [n + more for n, more in zip(lengths * self.copies, self.ahead, strict=True)]
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Logits of all copies `[copies · B, T, V]` to those that tokens are drawn from `[B, T, V]`."""
+        return logits
 
     def encoded(self) -> dict[str, Any]:
         """What an encoder-decoder model attends to: the target's encoder outputs, as it has none of its own."""
@@ -99,30 +120,30 @@ class DraftModel:
         # accepted chain the last draft, and whatever was decoded plainly meanwhile. Rows that lack less write some slots
         # again, with equal values; where they hold too few for that (an unconditional stream may), some behind the end.
         missing = max(n + 1 - min(n, f) for n, f in zip(s.cached, self.fed, strict=True))
-        target.rollback(s.cached)
+        target.rollback(self.own(s.cached))
         again = [min(missing - 1, *target.cache_lengths[row :: s.batch]) for row in range(s.batch)]
         start = [n - a for n, a in zip(s.cached, again, strict=True)]
-        target.rollback(start)
+        target.rollback(self.own(start))
         columns = (torch.tensor(start, device=s.device) + s.pad_tensor)[:, None] + torch.arange(
             missing, device=s.device
         )
-        logits = self.logits(s.tokens.gather(1, columns.clamp(max=s.limit)))
+        logits = self.logits(s.tokens.gather(1, columns.clamp(0, s.limit)))
         self.fed = [n + 1 for n in s.cached]
-        target.rollback(self.fed)
-        return take(logits, torch.tensor(again, device=s.device))[:, None]
+        target.rollback(self.own(self.fed))
+        return self.mix(take(logits, torch.tensor(again * self.copies, device=s.device))[:, None])
 
     def level(self, tokens: Tensor, tree: Tree) -> Tensor:
-        logits = self.logits(tokens, tree)
-        self.draft_target.rollback([n + tree.size for n in self.fed])
+        logits = self.mix(self.logits(tokens, tree))
+        self.draft_target.rollback(self.own([n + tree.size for n in self.fed]))
         return logits
 
     def rollback(self) -> None:
-        self.draft_target.rollback(self.fed)
+        self.draft_target.rollback(self.own(self.fed))
 
     def logits(self, tokens: Tensor, tree: Tree | None = None) -> Tensor:
-        """Logits `[B, T, V]` over the target's vocabulary after T more tokens; with a tree, its last T nodes."""
+        """Logits `[copies · B, T, V]` over the target's vocabulary after T more tokens; with a tree, its last T nodes."""
         self.context.stats.draft_calls += 1
-        logits = self.draft_target.forward(self.to_own(tokens), tree).logits
+        logits = self.draft_target.forward(self.to_own(tokens).repeat(self.copies, 1), tree).logits
         return fit_vocabulary(logits.to(tokens.device), self.vocab_size)
 
     def propose(self, count: int) -> Draft:
@@ -130,8 +151,8 @@ class DraftModel:
         logits, tokens, probs = self.root(), s.tail(1)[:, :0], []
         for i in range(count):
             if i > 0:
-                logits = self.logits(tokens[:, -1:])
-                self.draft_target.rollback([n + i + 1 for n in s.cached])
+                logits = self.mix(self.logits(tokens[:, -1:]))
+                self.draft_target.rollback(self.own([n + i + 1 for n in s.cached]))
             scores = self.context.processing.scores(logits, s, tokens, first=i)
             step = draws.draw(scores, positions[:, i : i + 1]).clamp_min(0)  # -1 where the scores are NaN: never kept
             tokens = torch.cat([tokens, step], dim=1)

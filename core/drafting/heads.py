@@ -226,6 +226,7 @@ class HeadDrafter(Generic[M]):
         target = context.target
         self.model.to(device=target.device, dtype=target.model.dtype)  # type: ignore[call-overload]
         self.context, self.target, self.sequences = context, target, context.sequences
+        context.stats.draft_ratio = self.model.num_parameters() / target.model.num_parameters()
         self.layers = TokenLayers(target, self.model.vocab_map)
 
     def prompt_hidden(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:

@@ -329,6 +329,7 @@ class GlmImageTarget(ImageTarget):
         image_grid_thw: Tensor | None = None,
         images_per_sample: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
+        positions: Tensor | None = None,  # made here: those that generate prepares are the text's
         **kwargs: Any,
     ) -> Any:
         if self.guidance is not None:
