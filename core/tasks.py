@@ -77,9 +77,7 @@ def make_pipeline(config: DictConfig, recipe: str | None, target: Any = None) ->
         known = find_recipe(recipe)
         given = OmegaConf.to_container(config.recipe, resolve=False)
         assert isinstance(given, dict)
-        overrides = {
-            k: v for k, v in given.items() if k in (*known.needs, *known.takes) or known.knobs.get(str(k), v) != v
-        }
+        overrides = {k: v for k, v in given.items() if k in (*known.needs, *known.takes) or known.knobs.get(str(k), v) != v}
     name = config.modality.name
     if name not in {e.name for e in entry_points(group="polyspec.modalities")}:
         raise unknown("modality", name, {e.name for e in entry_points(group="polyspec.modalities")})

@@ -43,9 +43,7 @@ def heads(drafter: str, model: PreTrainedModel) -> Any:
 
 NEEDS: dict[str, Callable[[Recipe, PreTrainedModel, float], Any]] = {
     "draft_model": lambda recipe, model, noise: drafter_copy(model, noise),
-    "heads": lambda recipe, model, noise: heads(
-        recipe.config.drafter.get("inner", recipe.config.drafter)._target_, model
-    ),
+    "heads": lambda recipe, model, noise: heads(recipe.config.drafter.get("inner", recipe.config.drafter)._target_, model),
     "datastore": lambda recipe, model, noise: texts(model),
 }
 """How to make what a recipe needs, for a target model; noise says how far the drafter is from the target."""

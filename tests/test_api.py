@@ -42,9 +42,7 @@ def test_stats_add_up(recipe: polyspec.Recipe) -> None:
     fast = polyspec.custom_generate(recipe.name, seed=0, **overrides(recipe, model))
     calls = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))  # last: a drafter may be the model's copy
-    output = model.generate(
-        IDS, do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0, custom_generate=fast
-    )
+    output = model.generate(IDS, do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0, custom_generate=fast)
     handle.remove()
     stats = fast.stats
     assert output.shape == (3, 26)

@@ -79,9 +79,7 @@ def heart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, run("prompt=red heart", cwd=folder)
 
 
-def test_the_first_command_draws_a_picture_named_after_the_prompt(
-    heart: tuple[Path, subprocess.CompletedProcess],
-) -> None:
+def test_the_first_command_draws_a_picture_named_after_the_prompt(heart: tuple[Path, subprocess.CompletedProcess]) -> None:
     from PIL import Image
 
     folder, done = heart

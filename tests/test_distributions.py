@@ -30,12 +30,7 @@ CPU = torch.device("cpu")
 
 PROCESSORS: dict[str, list[LogitsProcessor]] = {
     "nothing": [],
-    "warpers": [
-        hf.TemperatureLogitsWarper(0.7),
-        hf.TopKLogitsWarper(9),
-        hf.TopPLogitsWarper(0.8),
-        hf.MinPLogitsWarper(0.05),
-    ],
+    "warpers": [hf.TemperatureLogitsWarper(0.7), hf.TopKLogitsWarper(9), hf.TopPLogitsWarper(0.8), hf.MinPLogitsWarper(0.05)],
     "typical": [hf.TypicalLogitsWarper(0.7), hf.EpsilonLogitsWarper(0.01), hf.EtaLogitsWarper(0.01, device="cpu")],
     "suppress": [hf.SuppressTokensLogitsProcessor([3, 4]), hf.InfNanRemoveLogitsProcessor(), hf.LogitNormalization()],
     "history": [hf.RepetitionPenaltyLogitsProcessor(1.5), hf.NoRepeatNGramLogitsProcessor(2), hf.TopKLogitsWarper(7)],

@@ -129,18 +129,7 @@ def wheel(folder: Path, recipe: str) -> Path:
 
 
 def install(built: Path, where: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(where),
-        str(built),
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(where), str(built)]
     subprocess.run(command, check=True, timeout=120)
 
 

@@ -77,7 +77,9 @@ def mistral() -> PreTrainedModel:
 
 def mixtral() -> PreTrainedModel:
     """A mixture of experts: a token's result must not depend on which others are in the call."""
-    return MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
+    return MixtralForCausalLM(
+        MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+    )
 
 
 def t5() -> PreTrainedModel:
@@ -131,11 +133,7 @@ def sharpen(model: PreTrainedModel, scale: float) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "norm" not in name:
-                fan_in = (
-                    1.0
-                    if "embed" in name or "shared" in name or "wte" in name or "wpe" in name
-                    else parameter.shape[-1]
-                )
+                fan_in = 1.0 if "embed" in name or "shared" in name or "wte" in name or "wpe" in name else parameter.shape[-1]
                 parameter.normal_(0, fan_in**-0.5)
         old = model.get_output_embeddings()
         head = nn.Linear(old.in_features, old.out_features, bias=False)

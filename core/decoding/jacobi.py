@@ -123,10 +123,7 @@ class Jacobi:
     """
 
     def __init__(
-        self,
-        rule: Callable[..., tuple[Tensor, Tensor]],
-        init: Initialisation | str = "left",
-        refresh: int | None = None,
+        self, rule: Callable[..., tuple[Tensor, Tensor]], init: Initialisation | str = "left", refresh: int | None = None
     ):
         if isinstance(init, str):
             if init not in INITIALISATIONS:

@@ -116,9 +116,7 @@ class ProactiveJacobi(Jacobi):
             return Draft(x[:, :0])
         levels_q, parents = q[:, :levels], shape.parents
         weights = levels_q[:, parents]  # what each node's children are drawn from
-        beside = weights[:, :levels].scatter(
-            -1, x[:, :levels, None], 0.0
-        )  # the main chain's next token is there already
+        beside = weights[:, :levels].scatter(-1, x[:, :levels, None], 0.0)  # the main chain's next token is there already
         drawn = self.children(context, torch.cat([beside, weights[:, levels:]], dim=1), shape.most)
         tokens = torch.cat([x[:, :levels], drawn.flatten(1)[:, shape.chosen]], dim=1)
         return Draft(tokens, levels_q[:, shape.walked.depth.clamp(max=levels - 1)], shape.walked)

@@ -18,9 +18,7 @@ def serve(config: DictConfig) -> None:
     try:
         import uvicorn
     except ImportError as error:
-        raise ConfigError(
-            "serving needs FastAPI, uvicorn and prometheus-client: pip install 'polyspec[serve]'"
-        ) from error
+        raise ConfigError("serving needs FastAPI, uvicorn and prometheus-client: pip install 'polyspec[serve]'") from error
     settings: Any = OmegaConf.to_container(config.serve, resolve=True)
     host, port, grace = (settings.pop(name) for name in ("host", "port", "grace_s"))
     recipe = config.recipe.name if config.get("recipe") else None

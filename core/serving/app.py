@@ -26,11 +26,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
         self.latency = Histogram(
-            "polyspec_request_seconds",
-            "From request to answer",
-            ["path", "status"],
-            buckets=seconds,
-            registry=self.registry,
+            "polyspec_request_seconds", "From request to answer", ["path", "status"], buckets=seconds, registry=self.registry
         )
         self.batch = Histogram(
             "polyspec_batch_size", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry

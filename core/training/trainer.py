@@ -141,12 +141,7 @@ class ObjectiveTrainer(Trainer):
     """Minimises `objective(model, batch)["loss"]`, in mixed precision unless `low` is float32."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        objective: Callable[..., dict[str, Tensor]],
-        clock: Clock,
-        low: torch.dtype,
-        **kwargs: Any,
+        self, model: nn.Module, objective: Callable[..., dict[str, Tensor]], clock: Clock, low: torch.dtype, **kwargs: Any
     ):
         super().__init__(model=model, callbacks=[clock], **kwargs)
         self.objective, self.clock, self.low = objective, clock, low

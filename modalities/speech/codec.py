@@ -16,7 +16,6 @@ from functools import cache
 import torch
 import torchaudio
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from polyspec.modalities.speech.vocoder import ConvBlock, Vocoder

@@ -9,10 +9,7 @@ from tiny_models import build, target
 import polyspec
 from polyspec.drafting.early_exit import shallow
 
-INPUTS = {
-    "input_ids": torch.tensor([[5, 9, 3, 7], [0, 0, 8, 4]]),
-    "attention_mask": torch.tensor([[1] * 4, [0, 0, 1, 1]]),
-}
+INPUTS = {"input_ids": torch.tensor([[5, 9, 3, 7], [0, 0, 8, 4]]), "attention_mask": torch.tensor([[1] * 4, [0, 0, 1, 1]])}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
@@ -20,7 +17,9 @@ INPUTS = {
 def test_greedy_output_is_the_targets(family: str, guidance: float | None) -> None:
     model, knobs = target(family), {"do_sample": False, "max_new_tokens": 20, "guidance_scale": guidance}
     fast = polyspec.custom_generate("early_exit", length=3)
-    assert torch.equal(model.generate(**INPUTS, **knobs, custom_generate=fast), model.generate(**INPUTS, **knobs))
+    assert torch.equal(
+        model.generate(**INPUTS, **knobs, custom_generate=fast), model.generate(**INPUTS, **knobs)
+    )
     assert fast.stats.draft_calls > 0
 
 
@@ -31,9 +30,7 @@ def test_every_draft_is_kept_if_the_layers_left_out_do_nothing() -> None:
             if "o_proj" in name or "down_proj" in name:
                 parameter.zero_()
     fast = polyspec.custom_generate("early_exit", exit_layer=1, length=3)
-    out = model.generate(
-        INPUTS["input_ids"][:1], do_sample=False, max_new_tokens=20, eos_token_id=None, custom_generate=fast
-    )
+    out = model.generate(INPUTS["input_ids"][:1], do_sample=False, max_new_tokens=20, eos_token_id=None, custom_generate=fast)
     assert out.shape[1] == 24
     assert fast.stats.acceptance_rate == 1
 

@@ -148,11 +148,7 @@ def test_hidden_states_are_spread_from_the_second_layer_to_the_third_last() -> N
 @pytest.mark.parametrize("recipe", HEADS)
 @pytest.mark.parametrize(
     ("other", "named"),
-    [
-        ({"hidden": 48}, "width 48.*width 32"),
-        ({"layers": 4}, "4 layers.*2 layers"),
-        ({"vocab": 70}, "70 tokens.*61 tokens"),
-    ],
+    [({"hidden": 48}, "width 48.*width 32"), ({"layers": 4}, "4 layers.*2 layers"), ({"vocab": 70}, "70 tokens.*61 tokens")],
 )
 def test_heads_of_another_target_are_refused_by_name(recipe: str, other: dict[str, int], named: str) -> None:
     kind, sizes = HEADS[recipe]

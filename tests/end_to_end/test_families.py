@@ -81,14 +81,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
-    "mamba2": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_heads": 8,
-        "head_dim": 8,
-        "state_size": 4,
-        "n_groups": 1,
-    },
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
     "minimax": {**SIZES, "num_local_experts": 2},
     "falcon_h1": SIZES,
 }
@@ -118,11 +111,7 @@ def test_an_architecture_decodes_as_generate_does(name: str) -> None:
     model = built(name, {**CAUSAL, **SEQ2SEQ}[name])
     for rows in (1, 4):
         expected = generate(model, rows)
-        for recipe, knobs in (
-            ("autoregressive", {}),
-            ("prompt_lookup", {"length": 4}),
-            ("gumbel_jacobi", {"window": 6}),
-        ):
+        for recipe, knobs in (("autoregressive", {}), ("prompt_lookup", {"length": 4}), ("gumbel_jacobi", {"window": 6})):
             fast = polyspec.custom_generate(recipe, **knobs)
             assert torch.equal(generate(model, rows, custom_generate=fast), expected), recipe
         try:

@@ -161,10 +161,7 @@ def fit(sequences: Tensor, expected: np.ndarray) -> float:
 
 
 def p_value(
-    fast: polyspec.CustomGenerate,
-    variant: str,
-    samples: int = SAMPLES,
-    prompts: tuple[tuple[int, ...], ...] = PROMPTS[:1],
+    fast: polyspec.CustomGenerate, variant: str, samples: int = SAMPLES, prompts: tuple[tuple[int, ...], ...] = PROMPTS[:1]
 ) -> float:
     drawn = draw(fast, variant, prompts, samples)
     return min(fit(rows, exact_distribution(variant, prompt)) for rows, prompt in zip(drawn, prompts, strict=True))
@@ -212,17 +209,13 @@ def redrawn(recipe: str | Recipe, refresh: int) -> polyspec.CustomGenerate:
 @pytest.mark.parametrize(
     ("recipe", "refresh"),
     [
-        pytest.param(
-            r, n, id=f"{r.name}-{n}", marks=() if (r.name, n) in (("scd_gs", 1), ("sjd_pac", 1)) else pytest.mark.slow
-        )
+        pytest.param(r, n, id=f"{r.name}-{n}", marks=() if (r.name, n) in (("scd_gs", 1), ("sjd_pac", 1)) else pytest.mark.slow)
         for r in EXACT
         if "refresh" in r.knobs and r.config.draws == "independent"
         for n in (1, 3)
     ],
 )
-def test_sampled_sequences_have_the_models_distribution_where_positions_are_redrawn(
-    recipe: Recipe, refresh: int
-) -> None:
+def test_sampled_sequences_have_the_models_distribution_where_positions_are_redrawn(recipe: Recipe, refresh: int) -> None:
     fast = redrawn(recipe, refresh)
     assert p_value(fast, "guided", FEWER) > THRESHOLD
     assert partly_accepted(fast)
@@ -350,9 +343,7 @@ def the_residual_is_of_either_sign(_: pytest.MonkeyPatch) -> polyspec.CustomGene
 
 @wrong()
 def the_residual_is_a_softmax(_: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
-    return with_rule(
-        "speculative_sampling", verifier=chain_rule(right_accept, lambda p, q: right_rest(p, q).softmax(-1))
-    )
+    return with_rule("speculative_sampling", verifier=chain_rule(right_accept, lambda p, q: right_rest(p, q).softmax(-1)))
 
 
 @wrong()

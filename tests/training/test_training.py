@@ -60,9 +60,7 @@ LEARNERS: dict[str, tuple[str, Any, Objective, int]] = {
 def greedy_text() -> Corpus:
     """What the tiny target says after four prompts."""
     rows = [
-        target("llama").generate(
-            torch.tensor([p]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
-        )
+        target("llama").generate(torch.tensor([p]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
         for p in PROMPTS
     ]
     return corpus_of([r[0].tolist() for r in rows], [len(p) for p in PROMPTS])
@@ -114,9 +112,7 @@ def test_losses_do_not_depend_on_padding(recipe: str, tmp_path: Path) -> None:
     def loss(index: int, longer_by: int) -> torch.Tensor:
         row = {"tokens": greedy_text().row(index), "prompt": len(PROMPTS[index]), "hidden": features.row(index)}
         batch = collate([row])
-        batch["hidden"] = tuple(
-            torch.nn.functional.pad(h.float(), (0, 0, 0, longer_by), value=9.0) for h in batch["hidden"]
-        )
+        batch["hidden"] = tuple(torch.nn.functional.pad(h.float(), (0, 0, 0, longer_by), value=9.0) for h in batch["hidden"])
         batch["tokens"] = torch.nn.functional.pad(batch["tokens"], (0, longer_by), value=7)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -242,9 +238,7 @@ def test_every_train_configuration_composes(name: str) -> None:
     from hydra.utils import instantiate
 
     with initialize_config_module("polyspec.conf", version_base="1.3"):
-        config = compose(
-            "config", overrides=["task=train", "modality=text", f"train={name}", "train.minutes=3", "output=x"]
-        )
+        config = compose("config", overrides=["task=train", "modality=text", f"train={name}", "train.minutes=3", "output=x"])
     assert config.train.output == "x"
     assert instantiate(config.train.schedule).minutes == 3
     head = instantiate(config.train.head)(target("llama"), vocabulary=None)

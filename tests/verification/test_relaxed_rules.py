@@ -80,9 +80,7 @@ def test_lantern_follows_its_formula(seed):
     expected, _ = lantern_law(p, q, neighbour_lists(e, 4), lambda x: 0.3)
     knobs = {"k": 4, "delta": 0.3}
     assert g_test(emitted(v.lantern, q, p, neighbours=v.nearest_neighbours(e, 6), **knobs), expected) > FAILS
-    assert (
-        g_test(emitted(v.lantern, q, p, neighbours=v.nearest_neighbours(e, 6), **knobs), p) < FAILS
-    )  # it is not exact
+    assert g_test(emitted(v.lantern, q, p, neighbours=v.nearest_neighbours(e, 6), **knobs), p) < FAILS  # it is not exact
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -142,9 +140,7 @@ def test_lantern_deterministic_drafts_and_bonus_token():
         drafts = torch.full((ROWS // 4, 1), x)
         probs = p.float().expand(ROWS // 4, 2, -1)
         generator = torch.Generator().manual_seed(x)
-        verdict = v.lantern(
-            drafts, None, probs, neighbours=v.nearest_neighbours(e, 3), k=3, delta=0.4, generator=generator
-        )
+        verdict = v.lantern(drafts, None, probs, neighbours=v.nearest_neighbours(e, 3), k=3, delta=0.4, generator=generator)
         first = torch.where(verdict.accepted > 0, x, verdict.next_token)
         assert g_test(first.bincount(minlength=V), hats[x]) > FAILS
         assert g_test(verdict.next_token[verdict.accepted == 1].bincount(minlength=V), p) > FAILS

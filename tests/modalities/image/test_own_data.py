@@ -53,8 +53,6 @@ def test_a_block_drafter_learns_from_them(tmp_path: Path) -> None:
     features = compute_features(data.target, corpus, [1, depth], tmp_path / "features")
     data.target.hidden_layers = ()
     schedule = Schedule(steps=60, batch=8, learning_rate=3e-3, warmup=5)
-    first = train_head(
-        head, data.target, corpus, features, DFlashObjective(), Schedule(steps=1, batch=8), tmp_path / "a"
-    )
+    first = train_head(head, data.target, corpus, features, DFlashObjective(), Schedule(steps=1, batch=8), tmp_path / "a")
     then = train_head(head, data.target, corpus, features, DFlashObjective(), schedule, tmp_path / "b")
     assert then["loss"] < first["loss"]

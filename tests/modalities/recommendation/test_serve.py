@@ -126,11 +126,7 @@ def test_items_come_and_go_while_it_serves(client: TestClient) -> None:
     tokens = catalogue()[IDS.index(best)].tolist()
     back = client.post("/v1/items", json=[{"item_id": best, "tokens": tokens, "title": "back"}])
     assert back.status_code == 201 and back.json() == client.get("/v1/items").json() == {"items": 60}
-    assert ask(client, history=[1], k=1).json()["items"][0] | {"score": 0} == {
-        "item_id": best,
-        "title": "back",
-        "score": 0,
-    }
+    assert ask(client, history=[1], k=1).json()["items"][0] | {"score": 0} == {"item_id": best, "title": "back", "score": 0}
     for wrong, fragment in (
         ([{"item_id": best, "tokens": tokens}], "more than once"),
         ([{"item_id": 5000, "tokens": tokens[:-1]}], "tokens each"),
@@ -172,9 +168,7 @@ def test_the_command_serves_and_ends_without_losing_what_it_accepted(folder: Pat
 
         def one(n: int) -> int | str:
             try:
-                return httpx.post(
-                    f"{url}/v1/recommendations", json={"history": [1, 4], "k": 20}, timeout=30
-                ).status_code
+                return httpx.post(f"{url}/v1/recommendations", json={"history": [1, 4], "k": 20}, timeout=30).status_code
             except (httpx.ConnectError, httpx.RemoteProtocolError):
                 return "refused"  # the connection was closed before the request was read
 
@@ -190,15 +184,7 @@ def test_the_command_serves_and_ends_without_losing_what_it_accepted(folder: Pat
 
 
 def test_the_bench_loads_a_service(folder: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "polyspec",
-        "task=bench",
-        "serve=local",
-        "modality=recommendation",
-        "dtype=float32",
-    ]
+    command = [sys.executable, "-m", "polyspec", "task=bench", "serve=local", "modality=recommendation", "dtype=float32"]
     more = [f"target={folder}", "bench.prompts=[[1,4],[7]]", "bench.load.seconds=1", "bench.load.clients=4"]
     done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

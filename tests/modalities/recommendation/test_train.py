@@ -99,9 +99,7 @@ def test_the_command_line_recommends(trained: Path, tmp_path: Path) -> None:
         assert done.returncode == 2 and fragment in done.stderr and "Traceback" not in done.stderr
 
 
-def test_training_again_continues_and_a_finished_one_is_left_alone(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_again_continues_and_a_finished_one_is_left_alone(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (trained / "model.safetensors").read_bytes()
     monkeypatch.setattr(module, "make_items", None)  # the catalogue is read, not made anew
     train(settings(trained, measure=None))
