@@ -2,7 +2,8 @@
 
 `Processing` turns the logits of many drafted positions into scores (log-probabilities up to a constant) by the very
 logits processors `generate` prepared: in one batched call where they do not look at the history, prefix by prefix
-where they do (or by their method `over_drafts`, if they have one). A `Draws` then picks tokens from scores, for drafter and target alike, and calls the acceptance rule.
+where they do (or by their method `over_drafts`, if they have one). A `Draws` then picks tokens from scores, for drafter and
+target alike, and calls the acceptance rule.
 """
 
 from __future__ import annotations

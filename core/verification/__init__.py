@@ -17,7 +17,7 @@ One rule is one file, named after the rule, with the paper's equation in its doc
 from polyspec.verification.additive_tolerance import additive_tolerance
 from polyspec.verification.block_verification import block_verification
 from polyspec.verification.checks import check_inputs, check_probabilities, check_tokens
-from polyspec.verification.coarse_grained import TokenGroups, coarse_grained
+from polyspec.verification.coarse_grained import TokenGroups, coarse_grained, pcg
 from polyspec.verification.cool_sd import cool_sd
 from polyspec.verification.greedy_match import greedy_match
 from polyspec.verification.greedy_plus_one import greedy_plus_one, greedy_plus_one_draft
@@ -73,6 +73,7 @@ __all__ = [
     "lantern_pp_greedy",
     "modified_rejection",
     "nearest_neighbours",
+    "pcg",
     "recursive_rejection",
     "reflection_coupling",
     "relaxed_topk",
