@@ -217,7 +217,7 @@ class Greedy:
         form = getattr(getattr(rule, "func", rule), "greedy", greedy_match)
         if form is greedy_match:
             return greedy_match(draft.tokens, None, scores)  # not the softmax: it can make ties of near-ties
-        return form(draft.tokens, None, scores.softmax(-1), **getattr(rule, "keywords", {}))
+        return form(draft.tokens, draft.probs, scores.softmax(-1), **getattr(rule, "keywords", {}))
 
     def refine(
         self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
@@ -281,7 +281,7 @@ class Independent:
     def walk(
         self, rule: Callable[..., tuple[Tensor, Tensor, Tensor]], draft: Draft, scores: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if draft.probs is None:
+        if draft.probs is None and not getattr(getattr(rule, "func", rule), "certain", False):
             return follow(draft, self.draw(scores, positions))
         assert draft.tree is not None
         tree, p = draft.tree, scores.softmax(-1)

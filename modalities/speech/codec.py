@@ -106,11 +106,12 @@ class SpeechCodec(PreTrainedModel):
         return torch.stack([codes, self.residual(codes, phonemes).argmax(1)], dim=1)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, phase: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
+    def decode(self, codes: Tensor, phase: Tensor | None = None, first: int = 0, at: int = 0) -> tuple[Tensor, Tensor]:
         """Codes `[B, codebooks, T]` to samples `[B, T · samples_per_code]` and phases, as `Vocoder.forward`; first: how many
-        codes lie before them."""
+        codes lie before them; phase `[B]`: that which the at-th of them begins with."""
         phase = torch.zeros(len(codes), device=codes.device) if phase is None else phase
-        return self.vocoder(self.decoder(self.quantiser.vectors(codes)), phase, first * self.config.stride)
+        stride = self.config.stride
+        return self.vocoder(self.decoder(self.quantiser.vectors(codes)), phase, first * stride, at * stride)
 
 
 class ResidualQuantiser(nn.Module):
@@ -182,7 +183,7 @@ class Speaker:
         self.codes: list[int] = []
         self.phonemes: list[int] = []
         self.given = 0
-        self.phases = torch.zeros(1, 1, dtype=torch.float64)  # of every frame so far, and the one behind
+        self.phase = torch.zeros(1, dtype=torch.float64)  # at the first sample that has not been given
 
     def push(self, codes: Sequence[int], phonemes: Sequence[int], last: bool = False) -> Tensor:
         """Samples `[T]`, none at times, that can be given once the next `codes` of `phonemes` are known."""
@@ -195,12 +196,10 @@ class Speaker:
         start = max(0, self.given - reach)
         device = self.codec.device
         known, spoken = (torch.tensor([x[start:]], device=device) for x in (self.codes, self.phonemes))
-        phase = self.phases[:, start * stride]
-        samples, phases = self.codec.decode(self.codec.complete(known, spoken), phase.to(device), start)
+        complete = self.codec.complete(known, spoken)
+        samples, phases = self.codec.decode(complete, self.phase.to(device), start, self.given - start)
         size = self.codec.samples_per_code
-        self.phases = torch.cat(
-            [self.phases[:, : start * stride], phases.cpu()[:, : (until - start) * stride + 1]], dim=1
-        )
+        self.phase = phases[:, (until - start) * stride].cpu()
         found = samples[0, (self.given - start) * size : (until - start) * size]
         self.given = until
         return found.cpu()

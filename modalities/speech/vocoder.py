@@ -55,19 +55,20 @@ class Vocoder(nn.Module):
         harmonic, noise, pitch, voiced = x.split([self.bins, self.bins, 1, 1], dim=-1)
         return (harmonic - 6).transpose(1, 2), (noise - 6).transpose(1, 2), pitch[..., 0], voiced[..., 0]
 
-    def forward(self, mel: Tensor, phase: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, mel: Tensor, phase: Tensor, first: int = 0, at: int = 0) -> tuple[Tensor, Tensor]:
         """Samples `[B, F · hop]` of frames first, first + 1, … and the phase in cycles that each of them and the one
-        behind them starts with `[B, F + 1]`, float64. phase `[B]`: that of the first of them."""
+        behind them starts with `[B, F + 1]`, float64. phase `[B]`: that of frame first + at."""
         harmonic, noise, pitch, voiced = self.predict(mel)
         f0 = torch.where(voiced > 0, 200 * 2 ** pitch.clamp(-2, 2), 0)
-        return self.synthesise(harmonic, noise, f0, phase, first)
+        return self.synthesise(harmonic, noise, f0, phase, first, at)
 
     def synthesise(
-        self, harmonic: Tensor, noise: Tensor, f0: Tensor, phase: Tensor, first: int | Tensor = 0
+        self, harmonic: Tensor, noise: Tensor, f0: Tensor, phase: Tensor, first: int | Tensor = 0, at: int = 0
     ) -> tuple[Tensor, Tensor]:
         """The same from log envelopes `[B, bins, F]` and pitch `[B, F]` in Hz, 0 where there is none."""
         step = f0.double() * (self.hop / self.sample_rate)
-        phases = torch.cat([phase.double()[:, None], phase.double()[:, None] + step.cumsum(1)], dim=1) % 1.0
+        since = functional.pad(step.cumsum(1), (1, 0))
+        phases = (phase.double()[:, None] + since - since[:, at, None]) % 1.0
         window = torch.hann_window(self.n_fft, device=f0.device)
 
         def spectrum(x: Tensor) -> Tensor:
@@ -75,8 +76,10 @@ class Vocoder(nn.Module):
 
         source = spectrum(pulses(f0, phases[:, :-1], self.hop, self.sample_rate)) / (self.n_fft / 4)
         width = f0.shape[1] * self.hop
-        at = torch.as_tensor(first, device=f0.device).reshape(-1, 1) * self.hop + torch.arange(width, device=f0.device)
-        hiss = spectrum(noise_table().to(f0.device)[at % NOISE].expand(len(f0), -1)) / window.square().sum().sqrt()
+        place = torch.as_tensor(first, device=f0.device).reshape(-1, 1) * self.hop + torch.arange(
+            width, device=f0.device
+        )
+        hiss = spectrum(noise_table().to(f0.device)[place % NOISE].expand(len(f0), -1)) / window.square().sum().sqrt()
         h, n = (functional.pad(x, (0, 1), mode="replicate").clamp(max=7).exp() for x in (harmonic, noise))
         samples = torch.istft(h * source + n * hiss, self.n_fft, self.hop, window=window, length=width)
         return samples, phases
