@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -69,46 +69,61 @@ def new_tokenizer(codes: int, alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
+class State(NamedTuple):
+    """Where rows are: what is to be said, the end last (`[B, P + 1]` or more, the end repeated); and `[B]` each, how many
+    phonemes that is, how many have been said, how many codes since the last one, and how many codes in all."""
+
+    prompt: Tensor
+    length: Tensor
+    spoken: Tensor
+    run: Tensor
+    codes: Tensor
+
+
 class Interleaved(LogitsProcessor):
     """Rules out what the form does not allow: behind <speak> and behind codes come codes or the prompt's next phoneme (the
-    end, where there is none left), behind a phoneme comes a code, and no phoneme has more than `longest` codes.
+    end, where there is none left), behind a phoneme comes a code.
 
-    It looks at the history, and over drafted tokens works out all positions at once.
+    Speech cannot run on: a phoneme has at most `longest` codes, and once there are `pace` codes a phoneme of the whole text,
+    only one. It looks at the history, and over drafted tokens works out all positions at once.
     """
 
-    def __init__(self, layout: Layout, longest: int = 40):
-        self.layout, self.longest = layout, longest
+    def __init__(self, layout: Layout, longest: int = 40, pace: int = 8):
+        self.layout, self.longest, self.pace = layout, longest, pace
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-        prompt, spoken, run = self.state(input_ids, lengths)
-        allowed = self.allowed(prompt, spoken[:, None], run[:, None], scores.shape[-1])[:, 0]
+        at = self.state(input_ids, lengths)
+        allowed = self.allowed(at, at.spoken[:, None], at.run[:, None], at.codes[:, None], scores.shape[-1])[:, 0]
         return scores.masked_fill(~allowed, float("-inf"))
 
     def over_drafts(
         self, scores: Tensor, sequences: Sequences, drafts: Tensor, tree: Tree | None, first: int
     ) -> Tensor:
         """The same for scores `[B, T, V]` behind drafts, as `Processing.scores` takes them."""
-        prompt, spoken, run = self.state(sequences.tokens, sequences.length_tensor)
-        width = scores.shape[1]
-        said = drafts >= self.layout.first_phoneme
+        at = self.state(sequences.tokens, sequences.length_tensor)
+        width, count = scores.shape[1], drafts.shape[1]
         if tree is None:
-            above = torch.ones(first + width, drafts.shape[1], dtype=torch.bool, device=drafts.device).tril(-1)[first:]
-            depth = torch.arange(1, drafts.shape[1] + 1, device=drafts.device)
+            above = torch.ones(first + width, count, dtype=torch.bool, device=drafts.device).tril(-1)[first:]
+            depth = torch.arange(1, count + 1, device=drafts.device)
             own = torch.arange(first, first + width, device=drafts.device)
         else:
-            above = tree.ancestors[..., first : first + width, 1:][..., : drafts.shape[1]].to(drafts.device)
-            depth = tree.depth[..., 1:][..., : drafts.shape[1]].to(drafts.device)
+            above = tree.ancestors[..., first : first + width, 1:][..., :count].to(drafts.device)
+            depth = tree.depth[..., 1:][..., :count].to(drafts.device)
             own = tree.depth[..., first : first + width].to(drafts.device)
-        among = above & said[:, None]  # [B, T, M]: drafted phonemes before each position
-        latest = (among * (depth[..., None, :] if depth.dim() > 1 else depth)).amax(-1) if drafts.shape[1] else 0 * own
-        run = torch.where(latest > 0, own - latest, run[:, None] + own)
-        allowed = self.allowed(prompt, spoken[:, None] + among.sum(-1), run, scores.shape[-1])
-        return scores.masked_fill(~allowed, float("-inf"))
+        among = (
+            above & (drafts >= self.layout.first_phoneme)[:, None]
+        )  # [B, T, M]: drafted phonemes before each position
+        said = among.sum(-1)
+        latest = (among * depth.unsqueeze(-2)).amax(-1) if count else torch.zeros_like(said)
+        run = torch.where(latest > 0, own - latest, at.run[:, None] + own)
+        codes = at.codes[:, None] + own - said
+        return scores.masked_fill(
+            ~self.allowed(at, at.spoken[:, None] + said, run, codes, scores.shape[-1]), float("-inf")
+        )
 
-    def state(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows `ids [B, L]` of `lengths [B]`: what is to be said, the end last (`[B, P + 1]`, repeated behind it); how
-        many phonemes have been; and how many codes since the last one."""
+    def state(self, ids: Tensor, lengths: Tensor) -> State:
+        """Of rows `ids [B, L]`, of which the first `lengths [B]` tokens count."""
         index = torch.arange(ids.shape[1], device=ids.device)
         begin = (ids == self.layout.start).int().argmax(1)
         speak = (ids == self.layout.speak).int().argmax(1)
@@ -116,14 +131,20 @@ class Interleaved(LogitsProcessor):
         latest = torch.where(here, index, speak[:, None]).amax(1)
         place = begin[:, None] + 1 + index
         prompt = torch.where(place < speak[:, None], ids.gather(1, place.clamp(max=ids.shape[1] - 1)), self.layout.end)
-        return prompt, here.sum(1), lengths - 1 - latest
+        spoken = here.sum(1)
+        return State(prompt, speak - begin - 1, spoken, lengths - 1 - latest, lengths - 1 - speak - spoken)
 
-    def allowed(self, prompt: Tensor, spoken: Tensor, run: Tensor, vocab: int) -> Tensor:
-        """`[B, T, V]` from `spoken` and `run [B, T]`."""
-        following = prompt.gather(1, spoken.clamp(max=prompt.shape[1] - 1))
+    def allowed(self, at: State, spoken: Tensor, run: Tensor, codes: Tensor, vocab: int) -> Tensor:
+        """`[B, T, V]` where phonemes said, codes since the last and codes in all are `[B, T]`."""
+        following = at.prompt.gather(1, spoken.clamp(max=at.prompt.shape[1] - 1))
+        in_time = (codes < self.pace * at.length[:, None]) | (run == 0)
         found = torch.zeros(*spoken.shape, vocab, dtype=torch.bool, device=spoken.device)
-        found[..., : self.layout.codes] = ((spoken > 0) & (run < self.longest))[..., None]
+        found[..., : self.layout.codes] = ((spoken > 0) & (run < self.longest) & in_time)[..., None]
         return found.scatter(-1, following[..., None], ((spoken == 0) | (run > 0))[..., None])
+
+    def most(self, prompt: int) -> int:
+        """Tokens that may follow a prompt of `prompt` tokens."""
+        return (self.pace + 2) * prompt
 
 
 @cache

@@ -96,6 +96,7 @@ class InterleavedSpeech:
                 "for codes and {} for phonemes; expected are {}, {} and {}".format(*sizes, *theirs)
             )
         self.model, self.tokenizer, self.codec = model, tokenizer, codec
+        self.form = Interleaved(self.layout)
         self.target = SpeechTarget(model)
         self.target.codes = self.layout.codes
         self.sample_rate = codec.config.sample_rate
@@ -109,10 +110,10 @@ class InterleavedSpeech:
         inputs = self.tokenizer(list(found), padding=True, return_tensors="pt").to(self.model.device)
         longest = inputs["input_ids"].shape[1]
         room = self.model.config.max_position_embeddings - longest
-        return inputs["input_ids"], inputs["attention_mask"], min(12 * longest, room)
+        return inputs["input_ids"], inputs["attention_mask"], min(self.form.most(longest), room)
 
     def processors(self) -> list[LogitsProcessor]:
-        return [Interleaved(self.layout)]
+        return [self.form]
 
     def constraint(self, limit: int) -> Constraint | None:
         return None

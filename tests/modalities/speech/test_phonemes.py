@@ -19,9 +19,9 @@ LAYOUT = Layout.of(TOKENIZER)
 EDGE, A, B, C, SPACE = range(LAYOUT.first_phoneme, LAYOUT.first_phoneme + 5)
 
 
-def allowed(said: list[int], text: str = "ab", longest: int = 3) -> set[int]:
+def allowed(said: list[int], text: str = "ab", longest: int = 3, pace: int = 8) -> set[int]:
     ids = torch.tensor([TOKENIZER(text)["input_ids"] + said])
-    scores = Interleaved(LAYOUT, longest)(ids, torch.zeros(1, LAYOUT.size))
+    scores = Interleaved(LAYOUT, longest, pace)(ids, torch.zeros(1, LAYOUT.size))
     return set(scores[0].isfinite().nonzero()[:, 0].tolist())
 
 
@@ -35,6 +35,13 @@ def test_phonemes_are_said_in_order_each_followed_by_codes() -> None:
     assert allowed([EDGE, 0, A, 1, 2, 3]) == {B}, "three codes are the most here"
     assert allowed([EDGE, 0, A, 1, B, 1, EDGE]) == codes
     assert allowed([EDGE, 0, A, 1, B, 1, EDGE, 3]) == codes | {LAYOUT.end}
+
+
+def test_speech_that_runs_on_is_hurried() -> None:
+    said = [EDGE, 0, 1, A, 0, 1]
+    assert allowed(said, pace=2) == {0, 1, 2, 3, B}
+    assert allowed(said, pace=1) == {B}, "four phonemes, four codes: from now on one each"
+    assert allowed([*said, B], pace=1) == {0, 1, 2, 3} and allowed([*said, B, 0], pace=1) == {EDGE}
 
 
 class PrefixByPrefix(LogitsProcessor):
@@ -60,7 +67,7 @@ def ragged() -> Sequences:
 def legal_drafts(sequences: Sequences, length: int, generator: torch.Generator) -> Tensor:
     """Drafts drawn among what the rule allows, prefix by prefix."""
     drafts = sequences.tail(1)[:, :0]
-    processing = Processing([PrefixByPrefix(Interleaved(LAYOUT, 3))])
+    processing = Processing([PrefixByPrefix(Interleaved(LAYOUT, 3, 1))])
     for step in range(length):
         noise = torch.randn(3, 1, LAYOUT.size, generator=generator)
         drafts = torch.cat([drafts, processing.scores(noise, sequences, drafts, first=step).argmax(-1)], dim=1)
@@ -71,7 +78,7 @@ def legal_drafts(sequences: Sequences, length: int, generator: torch.Generator) 
 def test_a_chain_of_drafts_is_judged_as_prefix_by_prefix(seed: int) -> None:
     generator, sequences = torch.Generator().manual_seed(seed), ragged()
     logits, drafts = torch.randn(3, 6, LAYOUT.size, generator=generator), legal_drafts(sequences, 5, generator)
-    fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT, 3), PrefixByPrefix(Interleaved(LAYOUT, 3))))
+    fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT, 3, 1), PrefixByPrefix(Interleaved(LAYOUT, 3, 1))))
     assert torch.equal(fast.scores(logits, sequences, drafts), slow.scores(logits, sequences, drafts))
     for first in range(5):
         part = fast.scores(logits[:, first : first + 1], sequences, drafts[:, :first], first=first)
@@ -89,7 +96,7 @@ def test_a_tree_of_drafts_is_judged_as_prefix_by_prefix(seed: int) -> None:
         if parents.dim() == 2:  # its second row hangs one chain under the other's first node
             drafts = drafts.clone()
             drafts[1, 0] = drafts[1, 3]
-        fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT, 3), PrefixByPrefix(Interleaved(LAYOUT, 3))))
+        fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT, 3, 1), PrefixByPrefix(Interleaved(LAYOUT, 3, 1))))
         tree = Tree(parents)
         assert torch.equal(fast.scores(logits, sequences, drafts, tree), slow.scores(logits, sequences, drafts, tree))
         level = fast.scores(logits[:, 4:], sequences, drafts, tree, first=4)

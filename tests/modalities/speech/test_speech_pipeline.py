@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from recipe_needs import overrides
 from torch import Tensor
 
 import polyspec
+from polyspec.cli import main
 from polyspec.modalities.speech.evaluate import own_tokens, word_error_rate
 from polyspec.modalities.speech.target import CodecFormat
 
@@ -24,7 +24,7 @@ assert _spec is not None and _spec.loader is not None
 tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny)
 
-TEXTS = ["Good morning.", "Hello! Good cat.", "It is."]
+TEXTS = ["A cat.", "I.", "Hi."]
 RECIPES = polyspec.recipes("speech")
 EXACT = [r.name for r in RECIPES if r.guarantee == "exact"]
 SAME_WHEN_GREEDY = [*EXACT, "ssd", "pcg", "vadusa"]
@@ -43,7 +43,7 @@ def tokens(p: Any, texts: list[str], seeds: list[int] | None = None, **knobs: An
 
 
 @pytest.mark.parametrize("name", SAME_WHEN_GREEDY)
-@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one", "ragged"])
+@pytest.mark.parametrize("texts", [pytest.param(TEXTS[:1], marks=pytest.mark.slow), TEXTS], ids=["one", "ragged"])
 def test_greedy_tokens_are_the_models_own(name: str, texts: list[str]) -> None:
     p = pipe(name)
     found = [piece for text in texts for piece in p.speech.pieces(text)]
@@ -81,7 +81,7 @@ def joined(stream: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["autoregressive", "gumbel_coupled"])
 def test_chunks_of_a_stream_are_the_whole(name: str) -> None:
-    p, text = pipe(name), "Hello! Good morning. It is a good cat."
+    p, text = pipe(name), "A cat. It is."
     knobs: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
     result = p(text, seed=5, **knobs)
     stream = p.stream(text, seed=5, **knobs)
@@ -99,7 +99,7 @@ def test_chunks_of_a_stream_are_the_whole(name: str) -> None:
 
 def test_a_stream_that_is_closed_stops_decoding_and_bad_knobs_are_refused_at_once() -> None:
     p = pipe("autoregressive")
-    stream = p.stream("Good morning. Good morning. Good morning.", seed=0)
+    stream = p.stream("It is. It is.", seed=0)
     next(stream)
     stream.close()
     with pytest.raises(StopIteration):
@@ -110,15 +110,15 @@ def test_a_stream_that_is_closed_stops_decoding_and_bad_knobs_are_refused_at_onc
 
 def test_a_long_text_is_spoken_sentence_by_sentence() -> None:
     p = pipe("autoregressive")
-    parts = [p(t, do_sample=False).outputs[0].waveform for t in ("Good morning.", "It is.")]
-    whole = p("Good morning. It is.", do_sample=False).outputs[0].waveform
+    parts = [p(t, do_sample=False).outputs[0].waveform for t in ("A cat.", "It is.")]
+    whole = p("A cat. It is.", do_sample=False).outputs[0].waveform
     assert torch.allclose(whole, torch.cat(parts, dim=1), atol=1e-5)
 
 
 def test_another_sample_rate_is_resampled() -> None:
     p = pipe("autoregressive")
-    own = p("Good morning.", do_sample=False).outputs[0]
-    other = p("Good morning.", do_sample=False, sample_rate=8000).outputs[0]
+    own = p("Hi.", do_sample=False).outputs[0]
+    other = p("Hi.", do_sample=False, sample_rate=8000).outputs[0]
     assert other.sample_rate == 8000 and other.waveform.shape[1] == 2 * own.waveform.shape[1]
 
 
@@ -153,22 +153,17 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         polyspec.pipeline("speech", target=str(tmp_path))
 
 
-def test_the_command_line_writes_a_sound(tmp_path: Path) -> None:
+def test_the_command_line_writes_a_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, tokenizer, codec = tiny.tiny_speech()
     for part, folder in ((model, "m"), (tokenizer, "m"), (codec, "m/codec")):
         part.save_pretrained(tmp_path / folder)
-    command = [
-        sys.executable,
-        "-m",
-        "polyspec",
-        "modality=speech",
-        "target=m",
-        "prompt=Good morning.",
-        "output=hello.wav",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "wrote hello.wav" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    arguments = ["modality=speech", "target=m", "prompt=Hi.", "output=hello.wav", "dtype=float32"]
+    monkeypatch.setattr(sys, "argv", ["polyspec", *arguments])
+    main()
+    assert "wrote hello.wav" in capsys.readouterr().out
     samples, rate = soundfile.read(tmp_path / "hello.wav")
     assert rate == 4000 and len(samples) > 0
 
@@ -182,7 +177,7 @@ def codec_target(codec: Any, codebooks: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(("make", "codebooks"), [(tiny.tiny_mimi, 3), (tiny.tiny_dac, 2)], ids=["mimi", "dac"])
-@pytest.mark.parametrize("name", ["lookahead", "speculative_sampling", "dflash", "pcg"])
+@pytest.mark.parametrize("name", ["speculative_sampling", "dflash", "pcg"])
 def test_a_llama_with_a_codec_of_transformers_says_what_generate_says(make: Any, codebooks: int, name: str) -> None:
     codec = make()
     p = pipe(name, codec_target(codec, codebooks))
