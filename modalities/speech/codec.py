@@ -141,16 +141,16 @@ class ResidualQuantiser(nn.Module):
         return sum(self.codes[i][codes[:, i]] for i in range(codes.shape[1])).transpose(1, 2)  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def learn(self, z: Tensor, index: Tensor, level: int, decay: float = 0.99, dead: float = 0.3) -> None:
+    def learn(self, z: Tensor, index: Tensor, level: int, decay: float = 0.99, dead: float = 0.1) -> None:
         """Move the codes of a codebook towards the vectors `z [n, d]` that fell to them (`index [n]`); those that
-        hardly any fell to restart from the worst-quantised vectors."""
+        less than a share `dead` of an even one fell to restart from the worst-quantised vectors."""
         book, uses = self.codes[level], self.uses[level]
         counts = torch.bincount(index, minlength=len(book)).to(z)
         means = torch.zeros_like(book).index_add_(0, index, z) / counts.clamp(min=1)[:, None]
         uses.mul_(decay).add_(counts, alpha=1 - decay)
         share = ((1 - decay) * counts / uses.clamp(min=1e-9)).clamp(max=1)  # what a moving average of sums would give
         book.lerp_(means, share[:, None])
-        lost = (uses < dead * len(z) / len(book) * 0.1).nonzero()[:, 0]
+        lost = (uses < dead * len(z) / len(book)).nonzero()[:, 0]
         if len(lost):
             error = (z - book[index]).square().sum(-1)
             worst = error.topk(min(len(z), 4 * len(lost))).indices
