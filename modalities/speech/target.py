@@ -22,7 +22,7 @@ from polyspec.distributions import Constraint
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.modalities.speech.codec import Speaker, SpeechCodec
 from polyspec.modalities.speech.phonemes import Interleaved, Layout, pieces
-from polyspec.target import Target
+from polyspec.target import Output, Target
 from polyspec.verification import TokenGroups
 
 _GROUPS: weakref.WeakKeyDictionary[PreTrainedModel, dict[float, TokenGroups]] = weakref.WeakKeyDictionary()
@@ -45,6 +45,48 @@ class SpeechTarget(Target):
                 table, mean_size, [t for t in range(len(table)) if t not in among]
             )
         return known[mean_size]
+
+
+class BarkTarget(Target):
+    """Bark's semantic and coarse stages inside transformers' `generate`: more tokens go in than come out, and the semantic
+    stage's prompt is given as embeddings (of the text plus those of what was said before)."""
+
+    takes_embeds = True
+    """For `polyspec.custom_generate`: prompts may come as `inputs_embeds`."""
+
+    prompt_embeds: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.output_vocab_size
+
+    def prefill(
+        self, tokens: Tensor, mask: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **rest: Any
+    ) -> Output | None:
+        if inputs_embeds is not None and mask is not None and not bool(mask.all()):
+            raise InputError("prompts as inputs_embeds cannot be padded; leave the attention mask out")
+        self.prompt_embeds = inputs_embeds
+        return super().prefill(tokens, mask, **rest)
+
+    def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
+        embeds = self.model.get_input_embeddings()(tokens)
+        if self.prompt_embeds is not None:
+            prompt = self.present(self.prompt_embeds).to(embeds.dtype)
+            width = prompt.shape[1]
+            index = positions.expand(tokens.shape).clamp(max=width - 1)[..., None].expand(-1, -1, prompt.shape[-1])
+            embeds = torch.where((positions < width)[..., None], prompt.gather(1, index), embeds)
+        out = self.model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=bool(self.hidden_layers),
+        )
+        return out.logits if keep_logits else None, out.hidden_states
+
+
+TARGETS = {"semantic": BarkTarget, "coarse_acoustics": BarkTarget}
 
 
 class Voice(Protocol):

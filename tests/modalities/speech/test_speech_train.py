@@ -76,14 +76,27 @@ def test_crops_hold_the_sound_and_the_pitch_of_the_same_moment() -> None:
         assert float(crop["pitch"][0]) == pytest.approx(float(first) / 2)
 
 
-def test_codebooks_learn_the_vectors_that_there_are() -> None:
-    centres = 4 * torch.randn(16, 4)
-    quantiser = ResidualQuantiser(1, 24, 4)  # some to spare: codes that share a centre are not dead
-    for _ in range(1000):
-        z = centres[torch.randint(16, (256,))] + 0.05 * torch.randn(256, 4)
+CENTRES = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]])
+
+
+def learnt(codes: torch.Tensor, steps: int) -> torch.Tensor:
+    """Codes after training on vectors around `CENTRES`."""
+    quantiser = ResidualQuantiser(1, 3, 2)
+    quantiser.codes[0] = codes
+    quantiser.uses.fill_(64 / 3)
+    for _ in range(steps):
+        z = CENTRES[torch.randint(3, (64,))] + 0.1 * torch.randn(64, 2)
         quantiser.learn(z, quantiser.nearest(z, 0), 0)
-    error = (quantiser.vectors(quantiser.lookup(centres.T[None])) - centres.T[None]).square().mean()
-    assert error < 0.05
+    return quantiser.codes[0]
+
+
+def test_codes_move_to_the_mean_of_what_falls_to_them() -> None:
+    assert torch.allclose(learnt(CENTRES + 0.5, 600), CENTRES, atol=0.05)
+
+
+def test_a_dead_code_restarts_where_vectors_are_worst_quantised() -> None:
+    far = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, -90.0]])
+    assert torch.allclose(learnt(far, 1000), CENTRES, atol=0.05)
 
 
 def test_too_few_sentences_and_no_file_are_refused(tmp_path: Path) -> None:
