@@ -39,7 +39,8 @@ class SpeechTarget(Target):
         token, the end of speech say, is alone."""
         known = _GROUPS.setdefault(self.model, {})
         if mean_size not in known:
-            table = self.model.get_input_embeddings().weight.detach()[: self.vocab_size]
+            layer: Any = self.model.get_input_embeddings()
+            table = layer.weight.detach()[: self.vocab_size]
             among = range(self.first_code, self.first_code + self.codes)
             known[mean_size] = TokenGroups.of_mean_size(
                 table, mean_size, [t for t in range(len(table)) if t not in among]
@@ -100,9 +101,11 @@ class Voice(Protocol):
 class SpeechModel(Protocol):
     """What the pipeline asks of a text-to-speech model."""
 
-    target: Target
     sample_rate: int
     eos: Tensor
+
+    @property
+    def target(self) -> Target: ...
 
     def pieces(self, text: str) -> list[str]:
         """What is spoken at once each, in order. InputError if nothing of the text can be spoken."""

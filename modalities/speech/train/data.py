@@ -76,7 +76,8 @@ class Voice:
             return None
         kept = [c for c in found[0] if c in self.tts.vocab]
         inputs = {"ids": np.asarray([self.tts.ids(kept)], np.int64), "speed": np.ones(1, np.float32)}
-        *spectrum, ends = self.session.run(None, inputs)
+        outputs: Any = self.session.run(None, inputs)
+        *spectrum, ends = outputs
         samples = self.dsp.synth(*(part[0] for part in spectrum), np.random.default_rng(seed))
         ends = np.asarray(ends).reshape(-1)
         durations = np.diff(ends, prepend=0)
