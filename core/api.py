@@ -19,7 +19,7 @@ from polyspec.drafting.base import Context
 from polyspec.errors import ConfigError, InputError
 from polyspec.metrics import DecodingStats
 from polyspec.recipe import Method, build, find_recipe
-from polyspec.target import Guidance, Target, make_target
+from polyspec.target import Guidance, Target, make_target, own_targets
 
 
 def make_draws(
@@ -103,8 +103,10 @@ class CustomGenerate:
             positions = None
         for key in ("decoder_position_ids", "use_cache", "logits_to_keep", "output_hidden_states"):
             model_kwargs.pop(key, None)
-        if model_kwargs.get("inputs_embeds") is not None:
+        own = own_targets().get(model.config.model_type)
+        if model_kwargs.get("inputs_embeds") is not None and not getattr(own, "takes_embeds", False):
             raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
+        input_ids = input_ids.long()  # some models' own generate make int32 ones
         check_prompt(input_ids, model, mask, getattr(generation_config, "_mask_length", None))
         guidance, processors = split_guidance(logits_processor)
         eos, max_length, stops = split_stopping(stopping_criteria, generation_config)

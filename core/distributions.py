@@ -2,7 +2,8 @@
 
 `Processing` turns the logits of many drafted positions into scores (log-probabilities up to a constant) by the very
 logits processors `generate` prepared: in one batched call where they do not look at the history, prefix by prefix
-where they do. A `Draws` then picks tokens from scores, for drafter and target alike, and calls the acceptance rule.
+where they do (or by their method `over_drafts`, if they have one). A `Draws` then picks tokens from scores, for drafter and
+target alike, and calls the acceptance rule.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 FEW = 1024  # tokens of which several are drawn at once; of more, one after the other costs less
 
 # Processors whose result depends on the scores of the same position alone. A processor of your own joins them with an
-# attribute `history_free = True`; without it, it is called prefix by prefix.
+# attribute `history_free = True`; without it, it is called prefix by prefix, unless it has a method `over_drafts(scores,
+# sequences, drafts, tree, first)` that works all positions out at once, as `Processing.scores` takes them.
 HISTORY_FREE: tuple[type, ...] = (
     hf.TemperatureLogitsWarper,
     hf.TopKLogitsWarper,
@@ -95,6 +97,8 @@ class Processing:
                 # such a processor may check the batch size of the ids, but not read them
                 ids = drafts.new_zeros((batch * width, 1))
                 scores = processor(ids, scores.reshape(batch * width, vocab)).view(batch, width, vocab)  # type: ignore[arg-type]
+            elif (over_drafts := getattr(processor, "over_drafts", None)) is not None:
+                scores = over_drafts(scores, sequences, drafts, tree, first)
             else:
                 out = scores.clone()
                 for column in range(width):
@@ -213,7 +217,7 @@ class Greedy:
         form = getattr(getattr(rule, "func", rule), "greedy", greedy_match)
         if form is greedy_match:
             return greedy_match(draft.tokens, None, scores)  # not the softmax: it can make ties of near-ties
-        return form(draft.tokens, None, scores.softmax(-1), **getattr(rule, "keywords", {}))
+        return form(draft.tokens, draft.probs, scores.softmax(-1), **getattr(rule, "keywords", {}))
 
     def refine(
         self, rule: Callable[..., tuple[Tensor, Tensor]], x: Tensor, q: Tensor | None, scores: Tensor, positions: Tensor
@@ -277,7 +281,7 @@ class Independent:
     def walk(
         self, rule: Callable[..., tuple[Tensor, Tensor, Tensor]], draft: Draft, scores: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if draft.probs is None:
+        if draft.probs is None and not getattr(getattr(rule, "func", rule), "certain", False):
             return follow(draft, self.draw(scores, positions))
         assert draft.tree is not None
         tree, p = draft.tree, scores.softmax(-1)

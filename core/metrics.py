@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 
 
 @dataclass(slots=True)
@@ -15,6 +16,7 @@ class DecodingStats:
     new_tokens counts every row's committed tokens; target_calls counts forward passes of the target after the prompt's.
     A row takes part in a call until it has finished: row_calls is the sum over calls of rows still running.
     draft_ratio: the drafter's parameters over the target's, 0 for a drafter that has none.
+    audio_seconds is how much speech was made, first_output_seconds when the first of it could be heard; 0 elsewhere.
     """
 
     recipe: str = ""
@@ -32,6 +34,8 @@ class DecodingStats:
     target_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    audio_seconds: float = 0.0
+    first_output_seconds: float = 0.0
     accepted_by_position: list[int] = field(default_factory=list)
     proposed_by_position: list[int] = field(default_factory=list)
 
@@ -56,6 +60,22 @@ class DecodingStats:
     def token_rate(self) -> float:
         """New tokens a second, of all rows together."""
         return self.new_tokens / self.wall_seconds if self.wall_seconds else 0.0
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds it took to make a second of audio; 0 where none was made."""
+        return self.wall_seconds / self.audio_seconds if self.audio_seconds else 0.0
+
+    def plus(self, other: DecodingStats) -> DecodingStats:
+        """Counts and seconds of this run and another of the same recipe together."""
+        total = replace(self)
+        for f in fields(self):
+            a, b = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(a, list):
+                setattr(total, f.name, [x + y for x, y in zip_longest(a, b, fillvalue=0)])
+            elif f.name != "draft_ratio" and not isinstance(a, str):
+                setattr(total, f.name, a + b)
+        return total
 
     def record(self, proposed: int, gained: list[int], scored: int | None = None) -> None:
         """Count a round: drafts `proposed` tokens deep, after which row b had `gained[b]` more (0: not running).
@@ -87,5 +107,5 @@ class DecodingStats:
 
     def to_dict(self) -> dict[str, object]:
         """All fields and rates, JSON-ready."""
-        rates = ("tokens_per_call", "acceptance_rate", "mbsu", "token_rate")
+        rates = ("tokens_per_call", "acceptance_rate", "mbsu", "token_rate", "real_time_factor")
         return {**asdict(self), **{rate: getattr(self, rate) for rate in rates}}

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from polyspec.errors import ConfigError, InputError, unknown
-from polyspec.outputs import Result
+from polyspec.outputs import Audio, Result
 from polyspec.pipelines import pipeline
 from polyspec.recipe import find_recipe
 
@@ -187,8 +187,8 @@ def current_umask() -> int:
 
 
 def write_outputs(result: Result, output: str | None, prompt: str, plain: Result | None) -> list[Path]:
-    """Write the pictures: each one, several also as a contact sheet, and beside plain ones if there are; or lists, as
-    JSON, if `output` is given. Returns paths."""
+    """Write the sounds; or the pictures: each one, several also as a contact sheet, and beside plain ones if there are; or
+    lists, as JSON, if `output` is given. Returns paths."""
     from PIL import Image
 
     lists = [o for o in result.outputs if isinstance(o, list)]
@@ -197,12 +197,14 @@ def write_outputs(result: Result, output: str | None, prompt: str, plain: Result
             temporary.write_text(json.dumps([[asdict(r) for r in o] for o in lists], indent=1) + "\n", encoding="utf-8")
         return [Path(output)]
 
+    if sounds := [o for o in result.outputs if isinstance(o, Audio)]:
+        return write_sounds(sounds, Path(output or f"{slug(prompt)}.wav"))
     pictures = [o for o in result.outputs if isinstance(o, Image.Image)]
     if not pictures:
         return []
     from polyspec.modalities.image.evaluate import contact_sheet
 
-    stem = Path(output or re.sub(r"[^\w-]+", "-", prompt.lower()).strip("-")[:60] + ".png")
+    stem = Path(output or f"{slug(prompt)}.png")
     files = [(stem, pictures[0])]
     if len(pictures) > 1:
         numbers = [str(i) for i in range(len(pictures))]
@@ -220,3 +222,23 @@ def write_outputs(result: Result, output: str | None, prompt: str, plain: Result
         except (ValueError, KeyError) as error:
             raise InputError(f"cannot write {path}: {error}; use a file name that ends in .png") from error
     return [path for path, _ in files]
+
+
+def write_sounds(sounds: list[Audio], path: Path) -> list[Path]:
+    """Write each sound, several with a number in their names. Returns paths."""
+    import soundfile
+
+    several = len(sounds) > 1
+    paths = [path.with_stem(f"{path.stem}-{i}") if several else path for i in range(len(sounds))]
+    for at, sound in zip(paths, sounds, strict=True):
+        try:
+            with whole_file(at) as temporary:
+                soundfile.write(temporary, sound.waveform.T.float().numpy(), sound.sample_rate)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            raise InputError(f"cannot write {at}: {error}; use a file name that ends in .wav") from error
+    return paths
+
+
+def slug(prompt: str) -> str:
+    """A file's name after what was asked for."""
+    return re.sub(r"[^\w-]+", "-", prompt.lower()).strip("-")[:60]

@@ -33,6 +33,7 @@ from polyspec import pipelines
 from polyspec.bench.overlap import watched
 from polyspec.errors import InputError
 from polyspec.metrics import DecodingStats
+from polyspec.outputs import Audio
 from polyspec.tasks import make_pipeline, whole_file
 
 WATCHED = 4  # batches on which acceptance is counted beside 1 − TV
@@ -171,9 +172,11 @@ def measure(
 
 
 def fingerprint(output: Any) -> str:
-    """Equal for equal pictures, texts, or lists of items, whose scores may differ by rounding."""
+    """Equal for equal pictures, sounds, texts, or lists of items, whose scores may differ by rounding."""
     if isinstance(output, list):
         output = [r.item_id for r in output]
+    elif isinstance(output, Audio):
+        output = output.waveform.numpy()
     return sha256(output.tobytes() if hasattr(output, "tobytes") else repr(output).encode()).hexdigest()
 
 

@@ -243,7 +243,10 @@ class HeadDrafter(Generic[M]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """A head's output `[S, N, d]` to guided logits `[B, N, V]`, combined as the target combines its own."""
-        logits = self.layers.logits(hidden)
+        return self.guided(self.layers.logits(hidden))
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """Logits of every stream over the head's vocabulary `[S, N, V_d]` to guided ones `[B, N, V]`."""
         if (guidance := self.target.guidance) is not None:
             conditional, unconditional = logits.chunk(2)
             logits = guidance.combine(conditional, unconditional, guidance.scale)

@@ -17,6 +17,7 @@ from polyspec.drafting.dflash import DFlashModel
 from polyspec.drafting.eagle import EagleModel
 from polyspec.drafting.heads import TokenLayers
 from polyspec.drafting.medusa import MedusaModel
+from polyspec.drafting.multi_token import MultiTokenModel
 
 Batch = dict[str, Any]
 
@@ -85,6 +86,19 @@ class MedusaObjective:
         k = torch.arange(1, model.config.heads + 1, device=t.device)
         predicted = t[..., None] + 1 + k
         return predictions_loss(out, predicted, self.decay ** k.float(), batch, layers, self.soft, self.regression)
+
+
+class MultiTokenObjective(MedusaObjective):
+    """The same for heads of either form (2409.08148)."""
+
+    def __call__(self, model: MultiTokenModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+        if model.config.form == "latent":
+            return super().__call__(model, layers, batch)  # type: ignore[arg-type]
+        t = random_positions(batch["prompts"] - 2, batch["lengths"] - 2, self.positions).clamp(min=0)
+        k = torch.arange(1, model.config.heads + 1, device=t.device)
+        logits = model(rows_at(batch["hidden"][0], t))
+        weight = self.decay ** k.float()
+        return logits_loss(logits, t[..., None] + 1 + k, weight, batch, layers, self.soft)
 
 
 class EagleObjective:
@@ -192,11 +206,30 @@ def predictions_loss(
     the same expectation, less noise. regression: weight of SmoothL1 to the hidden state which that distribution was read
     from, as EAGLE's. Accuracies, by place, are against the target's most likely token.
     """
-    inside = positions < batch["lengths"][:, None, None]
-    flat = positions.flatten(1)
+    return logits_loss(layers.logits(out), positions, weight, batch, layers, soft, regression, out)
+
+
+def goals_at(batch: Batch, positions: Tensor) -> Tensor:
+    """The target's last hidden states `[B, A, N, d]` that the tokens at `positions [B, A, N]` were read from."""
     # hidden states are known for all but a row's last token, and position i is predicted from that of i-1
-    goal = rows_at(batch["hidden"][-1], (flat - 1).clamp(max=batch["hidden"][-1].shape[1] - 1)).view(out.shape)
-    logits, theirs = layers.logits(out).float(), layers.logits(goal).float()
+    known, flat = batch["hidden"][-1], positions.flatten(1)
+    return rows_at(known, (flat - 1).clamp(max=known.shape[1] - 1)).view(*positions.shape, -1)
+
+
+def logits_loss(
+    logits: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    batch: Batch,
+    layers: TokenLayers,
+    soft: bool,
+    regression: float = 0.0,
+    out: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`predictions_loss` of logits `[B, A, N, V_d]`; out `[B, A, N, d]` is for the regression."""
+    inside = positions < batch["lengths"][:, None, None]
+    goal = goals_at(batch, positions)
+    logits, theirs = logits.float(), layers.logits(goal).float()
     if soft:
         losses = functional.cross_entropy(logits.flatten(0, 2), theirs.softmax(-1).flatten(0, 2), reduction="none")
         losses, counted = losses.view(positions.shape), inside
@@ -205,6 +238,7 @@ def predictions_loss(
         losses = functional.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
         counted = labels != -100
     if regression:
+        assert out is not None
         losses = losses + regression * functional.smooth_l1_loss(out.float(), goal.float(), reduction="none").mean(-1)
     weights = weight * counted
     right = ((logits.argmax(-1) == theirs.argmax(-1)) & inside).sum((0, 1)) / inside.sum((0, 1)).clamp(min=1)

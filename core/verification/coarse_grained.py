@@ -15,7 +15,7 @@ the emitted token's group has exactly the target's distribution. Inside a group,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,22 +65,25 @@ class TokenGroups:
         the other's `largest` nearest, which bounds the tables; the guarantee holds for any groups.
         """
         check_knob("threshold", threshold, -1, 1)
-        check_knob("largest", largest, 1)
-        unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-        every = torch.arange(len(unit), device=unit.device)
-        alone = torch.isin(every, torch.tensor(list(singletons), dtype=torch.long, device=unit.device))
-        parts = []
-        for tokens in every.split(chunk):
-            cosine = (unit[tokens] @ unit.T).masked_fill_(alone | alone[tokens].unsqueeze(1), -2)
-            cosine.scatter_(1, tokens.unsqueeze(1), 2)  # every token is in its own group
-            best = cosine.topk(min(largest, len(unit)))
-            parts.append(best.indices.masked_fill(best.values <= threshold, -1))
-        near = torch.cat(parts)
-        mutual = [
-            (near[row.clamp(min=0)] == tokens.view(-1, 1, 1)).any(-1) & (row >= 0)
-            for tokens, row in zip(every.split(chunk), near.split(chunk), strict=True)
-        ]
-        near = near.masked_fill(~torch.cat(mutual), -1)
+        cosine, near = _nearest(embeddings, singletons, largest, chunk)
+        near = _mutual(near.masked_fill(cosine <= threshold, -1), chunk)
+        return cls(near, near)
+
+    @classmethod
+    def of_mean_size(
+        cls, embeddings: Tensor, mean_size: float, singletons: Sequence[int] = (), largest: int = 64, chunk: int = 1024
+    ) -> TokenGroups:
+        """`from_embeddings` with the threshold for which the groups of the tokens that are no `singletons` have `mean_size`
+        members in the mean, or as near to that as there is (ties in the cosine, and `largest`, may leave a gap)."""
+        check_knob("mean_size", mean_size, 1)
+        cosine, near = _nearest(embeddings, singletons, largest, chunk)
+        cosine = cosine.masked_fill(_mutual(near, chunk) < 0, -2)
+        alone = len(set(singletons))
+        wanted = round(mean_size * max(1, len(near) - alone)) + alone
+        if wanted >= cosine.numel():
+            return cls.from_embeddings(embeddings, -1.0, singletons, largest, chunk)
+        threshold = cosine.flatten().topk(wanted + 1).values[-1]
+        near = _mutual(near.masked_fill(cosine <= threshold, -1), chunk)
         return cls(near, near)
 
 
@@ -124,6 +127,45 @@ def coarse_grained(
     keep = torch.where(p_c > 0, 1 - q_c / p_c, 0).clamp(min=0)  # [B, G]
     weights = p * share * _sums(groups.containing, keep)
     return Verdict(accepted, sample(weights, generator, fallback=p))
+
+
+@rule(guarantee="group-exact", paper="2511.13732", greedy=greedy_match, takes=("token_groups",))
+def pcg(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    target_probs: Tensor,
+    *,
+    token_groups: Callable[[float], TokenGroups],
+    mean_size: float = 12.0,
+    generator: torch.Generator | None = None,
+) -> Verdict:
+    """`coarse_grained` over the target's own groups, which have `mean_size` members in the mean."""
+    groups = token_groups(mean_size)
+    return coarse_grained(draft_tokens, draft_probs, target_probs, groups=groups, generator=generator)
+
+
+def _nearest(embeddings: Tensor, singletons: Sequence[int], largest: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Each token's `largest` nearest by the cosine [V, n] and their ids [V, n], itself first (2); at -2 singletons' others."""
+    check_knob("largest", largest, 1)
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+    every = torch.arange(len(unit), device=unit.device)
+    alone = torch.isin(every, torch.tensor(list(singletons), dtype=torch.long, device=unit.device))
+    parts = []
+    for tokens in every.split(chunk):
+        cosine = (unit[tokens] @ unit.T).masked_fill_(alone | alone[tokens].unsqueeze(1), -2)
+        cosine.scatter_(1, tokens.unsqueeze(1), 2)  # every token is in its own group
+        parts.append(cosine.topk(min(largest, len(unit))))
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def _mutual(near: Tensor, chunk: int) -> Tensor:
+    """near [V, n], -1 also for those that do not have the token among their own: rounding must not part a pair either."""
+    every = torch.arange(len(near), device=near.device)
+    mutual = [
+        (near[row.clamp(min=0)] == tokens.view(-1, 1, 1)).any(-1) & (row >= 0)
+        for tokens, row in zip(every.split(chunk), near.split(chunk), strict=True)
+    ]
+    return near.masked_fill(~torch.cat(mutual), -1)
 
 
 def _mass(probs: Tensor, members: Tensor, share: Tensor) -> Tensor:

@@ -45,17 +45,24 @@ class Rule(Protocol[Args, Result]):
     paper: str
     greedy: Callable[..., Any]
     takes: tuple[str, ...]
+    certain: bool
 
     def __call__(self, *args: Args.args, **kwargs: Args.kwargs) -> Result: ...
 
 
 def rule(
-    *, guarantee: str, paper: str, greedy: Callable[..., Any] | None = None, takes: tuple[str, ...] = ()
+    *,
+    guarantee: str,
+    paper: str,
+    greedy: Callable[..., Any] | None = None,
+    takes: tuple[str, ...] = (),
+    certain: bool = False,
 ) -> Callable[[Callable[Args, Result]], Rule[Args, Result]]:
     """Label a function as an acceptance rule; `greedy=None` means that it is its own greedy rule.
 
     takes: what it needs of the target beside probabilities, as attributes of the Target; `for_target` hands them over
-    as keyword arguments of the same names.
+    as keyword arguments of the same names. certain: whether, as a tree's walk, it also judges nodes that were not drawn
+    (node_q None); for other walks the target's own draw at a node picks its child.
     """
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee must be one of {GUARANTEES}, not {guarantee!r}")
@@ -66,6 +73,7 @@ def rule(
         labelled.paper = paper
         labelled.greedy = function if greedy is None else greedy
         labelled.takes = takes
+        labelled.certain = certain
         return cast("Rule[Args, Result]", labelled)
 
     return label

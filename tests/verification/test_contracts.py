@@ -29,11 +29,14 @@ def with_neighbours(rule):
     return lambda tokens, *rest, **knobs: rule(tokens, *rest, neighbours=near(tokens), k=3, **knobs)
 
 
-def coarse(tokens, q, p, *, generator=None):
+def overlapping(device):
     members = (torch.arange(VOCAB)[:, None] + torch.arange(3)) % VOCAB
     containing = (torch.arange(VOCAB)[:, None] - torch.arange(3)) % VOCAB
-    groups = v.TokenGroups(members.to(p.device), containing.to(p.device))
-    return v.coarse_grained(tokens, q, p, groups=groups, generator=generator)
+    return v.TokenGroups(members.to(device), containing.to(device))
+
+
+def coarse(tokens, q, p, *, generator=None):
+    return v.coarse_grained(tokens, q, p, groups=overlapping(p.device), generator=generator)
 
 
 CHAINS = {
@@ -55,6 +58,9 @@ CHAINS = {
     "sampled_tolerance": v.sampled_tolerance,
     "additive_tolerance": v.additive_tolerance,
     "topk_threshold": v.topk_threshold,
+    "multi_token": v.multi_token,
+    "multi_token_greedy": v.multi_token_greedy,
+    "pcg": lambda x, q, p, **g: v.pcg(x, q, p, token_groups=lambda size: overlapping(p.device), **g),
 }
 STEPS = {
     "recursive with replacement": (partial(v.recursive_rejection, replacement=True), 3),
@@ -68,6 +74,7 @@ PARENTS = [-1, -1, 0, 0, 1]
 TREES = {
     "walk_recursive": partial(v.walk_recursive, depth=2, children=2),
     "traversal_verification": v.traversal_verification,
+    "walk_tolerant": partial(v.walk_tolerant, depth=2),
 }
 
 

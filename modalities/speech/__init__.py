@@ -1,0 +1,1 @@
+"""Speech from discrete tokens."""

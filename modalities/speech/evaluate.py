@@ -1,0 +1,83 @@
+"""What the speech bench needs, and how well speech can be understood."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from polyspec.bench.calls import time_calls
+from polyspec.prompts import load_prompts
+
+
+def bench_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """The prompts of a file in samples/prompts by its name, or the given list."""
+    return load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
+
+
+def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -> int:
+    """Speak with the model's own `generate`; the number of new tokens."""
+    found = [piece for text in prompts for piece in pipe.speech.pieces(text)]
+    return sum(len(tokens) for tokens in own_tokens(pipe, found, **arguments))
+
+
+def own_tokens(pipe: Any, found: Sequence[str], **arguments: Any) -> list[list[int]]:
+    """New tokens of each piece as the model's own `generate` draws them, the end included."""
+    speech = pipe.speech
+    ids, mask, limit = speech.encode(found)
+    sampling, shaped = pipe.settings(**arguments)
+    processors, prompt = speech.processors(), ids.shape[1]
+    constraint, allowed = speech.constraint(limit), {}
+    if constraint is not None:
+        sets, kinds = [s.nonzero()[:, 0].tolist() for s in constraint.sets], constraint.kinds.tolist()
+        allowed = {"prefix_allowed_tokens_fn": lambda row, seen: sets[kinds[min(len(seen) - prompt, len(kinds) - 1)]]}
+    end = int(speech.eos)
+    out = pipe.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=limit,
+        do_sample=sampling,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        logits_processor=[*processors, *shaped],
+        eos_token_id=end,
+        pad_token_id=end,
+        **allowed,
+    )[:, prompt:]
+    ends = (out == end).int()
+    kept = torch.where(ends.any(1), ends.argmax(1) + 1, out.shape[1])
+    return [row[:n].tolist() for row, n in zip(out, kept.tolist(), strict=True)]
+
+
+def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:
+    """Median seconds of a target call of N tokens a row, N in `sizes`, behind the prompts; the sizes in turn."""
+    found = [pipe.speech.pieces(text)[0] for text in prompts]
+    ids, mask, _ = pipe.speech.encode(found)
+    target = pipe.speech.target
+    target.hidden_layers = ()
+    target.prefill(ids, mask, capacity=ids.shape[1] + max(sizes))
+    return time_calls(target, ids[:, -1:], sizes)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return re.findall(r"[a-z0-9']+", text.lower().replace("’", "'"))
+
+
+def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> float:
+    """Substituted, left out and added words over the words of the references, all texts together."""
+    errors = sum(distance(words(a), words(b)) for a, b in zip(references, heard, strict=True))
+    return errors / max(1, sum(len(words(a)) for a in references))
+
+
+def distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Levenshtein distance of two sequences."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
