@@ -317,8 +317,8 @@ def test_a_file_is_made_by_the_first_run_and_read_by_the_next(tmp_path: Path) ->
         generate("dare", pools=path)
 
 
-def test_sampled_runs_keep_the_distribution_with_k_1() -> None:
-    """With k = 1 the target's own draws are followed: with the same noise, the plain loop's tokens."""
+def test_the_exact_recipe_draws_what_the_plain_loop_draws() -> None:
+    """Whatever the pool holds, tokens are those of the same noise."""
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW}
     outputs = [
         target("llama").generate(**rows(4), **options, custom_generate=polyspec.custom_generate(name, seed=1, **knobs))
