@@ -1,6 +1,7 @@
 """Services: a modality's pipeline behind HTTP, with batching of concurrent requests and a bounded queue.
 
-`polyspec task=serve modality=…` starts the one that the modality's module `serve` describes. Needs polyspec[serve].
+`polyspec task=serve modality=…` starts the one that the modality's module `serve` describes, on the engine that the `serve`
+group names: one process (`serve=local`, needs polyspec[serve]) or replicas (`serve=ray`, needs polyspec[ray]).
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from polyspec.pipelines import part_of
 
 def serve(config: DictConfig) -> None:
     """Run the configured modality's service until it is told to stop; what it has accepted it finishes."""
+    from hydra.utils import instantiate
+
+    settings: Any = OmegaConf.to_container(config.serve, resolve=True)
+    engine = instantiate(settings.pop("engine"))
+    recipe = config.recipe.name if config.get("recipe") else None
+    where = {"target": config.target, "recipe": recipe, "device": config.device, "dtype": config.dtype}
+    engine(config.modality.name, {**where, **settings})
+
+
+def local(modality: str, settings: dict[str, Any]) -> None:
+    """Serve in this process. settings: `host`, `port`, `grace_s`, the rest is for the modality's `application`."""
     try:
         import uvicorn
     except ImportError as error:
         raise ConfigError("serving needs FastAPI, uvicorn and prometheus-client: pip install 'polyspec[serve]'") from error
-    settings: Any = OmegaConf.to_container(config.serve, resolve=True)
     host, port, grace = (settings.pop(name) for name in ("host", "port", "grace_s"))
-    recipe = config.recipe.name if config.get("recipe") else None
-    where = {"target": config.target, "recipe": recipe, "device": config.device, "dtype": config.dtype}
-    app = part_of(config.modality.name, "serve").application(**where, **settings)
+    app = part_of(modality, "serve").application(**settings)
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace, log_level="warning")
