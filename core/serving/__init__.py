@@ -6,6 +6,7 @@ group names: one process (`serve=local`, needs polyspec[serve]) or replicas (`se
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,10 +28,24 @@ def serve(config: DictConfig) -> None:
 
 def local(modality: str, settings: dict[str, Any]) -> None:
     """Serve in this process. settings: `host`, `port`, `grace_s`, the rest is for the modality's `application`."""
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise ConfigError("serving needs FastAPI, uvicorn and prometheus-client: pip install 'polyspec[serve]'") from error
+    if find_spec("uvicorn") is None:
+        raise ConfigError("serving needs FastAPI, uvicorn and prometheus-client: pip install 'polyspec[serve]'")
     host, port, grace = (settings.pop(name) for name in ("host", "port", "grace_s"))
-    app = part_of(modality, "serve").application(**settings)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace, log_level="warning")
+    running = server(part_of(modality, "serve").application(**settings), host, port, grace)
+    running.run()
+    if not running.started:
+        raise SystemExit(3)
+
+
+def server(app: Any, host: str, port: int, grace: int) -> Any:
+    """A uvicorn server of `app` that lets go of kept connections when it is told to stop: their next answer ends them.
+
+    uvicorn alone keeps one whose answer was half sent at that moment, and cancels what it asks for once `grace` is over."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.state.ready, app.state.closing = False, True
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=grace, log_level="warning"))

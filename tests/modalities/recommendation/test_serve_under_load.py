@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from beam_search import catalogue
 from fastapi.testclient import TestClient
 from tiny_models import noisy_copy, target
@@ -26,6 +25,7 @@ from tiny_models import noisy_copy, target
 from polyspec.bench.load import Phase, closed, opened
 from polyspec.modalities.recommendation.items import Items
 from polyspec.modalities.recommendation.serve import Recommender, application
+from polyspec.serving import server
 
 IDS = [3 * i + 1 for i in range(60)]
 TOKENS = {item: row.tolist() for item, row in zip(IDS, np.asarray(catalogue()), strict=True)}
@@ -45,7 +45,7 @@ class Counted:
     """An ASGI application that writes down which requests it was given and which answers it has sent whole."""
 
     def __init__(self, app: Any):
-        self.app, self.accepted, self.answered = app, 0, Counter[int]()
+        self.app, self.state, self.accepted, self.answered = app, app.state, 0, Counter[int]()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"] != PATH:
@@ -65,19 +65,19 @@ class Counted:
 
 
 @contextmanager
-def running(folder: Path, **settings: Any) -> Iterator[tuple[uvicorn.Server, Counted, str]]:
+def running(folder: Path, **settings: Any) -> Iterator[tuple[Any, Counted, str]]:
     """The service behind uvicorn, as `task=serve` runs it, in a thread."""
     app = Counted(application(target=str(folder), dtype="float32", **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, timeout_graceful_shutdown=30, log_level="warning"))
-    thread = threading.Thread(target=server.run)
+    served = server(app, "127.0.0.1", 0, 30)
+    thread = threading.Thread(target=served.run)
     thread.start()
     try:
-        while not server.started:
+        while not served.started:
             assert thread.is_alive()
             time.sleep(0.02)
-        yield server, app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield served, app, f"http://127.0.0.1:{served.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = True
+        served.should_exit = True
         thread.join(60)
 
 
@@ -195,7 +195,7 @@ def test_three_times_what_it_can_do_is_shed_with_503_and_then_it_recovers(folder
 
 def test_an_end_under_load_answers_every_request_that_was_accepted(folder: Path) -> None:
     received = Counter[str]()
-    with running(folder, batch=2, queue=64) as (server, app, url):
+    with running(folder, batch=2, queue=64) as (served, app, url):
 
         def client(_: int) -> None:
             with httpx.Client(timeout=60) as http:
@@ -208,12 +208,23 @@ def test_an_end_under_load_answers_every_request_that_was_accepted(folder: Path)
 
         with ThreadPoolExecutor(12) as pool:
             asked = [pool.submit(client, n) for n in range(12)]
-            time.sleep(0.7)
+            end = time.monotonic() + 30
+            while (app.answered[200] < 12 or app.accepted - sum(app.answered.values()) < 3) and time.monotonic() < end:
+                time.sleep(0.001)  # until requests are being worked on and others wait
             waiting = app.accepted - sum(app.answered.values())
-            server.should_exit = True  # what SIGTERM does
+            served.should_exit = True  # what SIGTERM does
             for one in asked:
                 one.result(60)
-    assert waiting > 1, "requests were being worked on"
+    assert waiting > 0, "requests were being worked on"
     assert app.accepted == sum(app.answered.values()), "every accepted request was answered"
     assert set(app.answered) <= {200, 503} and app.answered[200] > 0
     assert {int(s): n for s, n in received.items() if s.isdigit()} == dict(app.answered), "and every answer arrived"
+
+
+def test_a_service_that_is_told_to_stop_lets_go_of_kept_connections(folder: Path) -> None:
+    with running(folder) as (_, app, url), httpx.Client(base_url=url) as http:
+        assert "connection" not in http.post(PATH, json={"history": [1]}).headers
+        app.state.closing = True
+        for body, status in (({"history": [1]}, 200), ({"history": []}, 422)):
+            answer = http.post(PATH, json=body)
+            assert (answer.status_code, answer.headers["connection"]) == (status, "close")
