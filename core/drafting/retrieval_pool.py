@@ -56,16 +56,18 @@ class RetrievalPool:
             raise ConfigError(f"need shortest ≤ longest, got {shortest} and {longest}")
         if isinstance(prompt_weight, bool) or not isinstance(prompt_weight, int | float) or prompt_weight < 0:
             raise ConfigError(f"prompt_weight must be a number ≥ 0, got {prompt_weight!r}")
-        self.prompt_weight, self.file = prompt_weight, None
+        self.prompt_weight, self.pools = prompt_weight, Pools(limit, period)
+        self.file: Path | None = None
         if isinstance(pools, str | PathLike):
             self.file = Path(pools)
-            new = learn and not self.file.exists()
-            pools = Pools(limit, period) if new else Pools.load(self.file, limit=limit, period=period)
+            if self.file.exists() or not learn:
+                self.pools = Pools.load(self.file, limit=limit, period=period)
         elif isinstance(pools, Mapping):
-            pools = Pools.from_tokens(pools, limit=limit, period=period)
-        elif not isinstance(pools, Pools):
+            self.pools = Pools.from_tokens(pools, limit=limit, period=period)
+        elif isinstance(pools, Pools):
+            self.pools = pools
+        else:
             raise InputError(f"pools must be Pools, a file or token lists by group, got {type(pools).__name__}")
-        self.pools = pools
 
     def check(self, target: Target) -> None:
         """InputError if the pools hold tokens that the target does not have."""

@@ -76,7 +76,7 @@ def walk_topk_threshold(
     rows, nodes = tokens.shape
     if target_tokens.shape != (rows, nodes + 1):
         raise InputError(f"target_tokens must be [{rows}, {nodes + 1}], not {list(target_tokens.shape)}")
-    vocab, depth = target_probs.shape[-1], tree_depth(depth, nodes)
+    vocab, levels = target_probs.shape[-1], tree_depth(depth, nodes)
     best = target_probs.topk(min(k, vocab), dim=-1).indices
     other = best != target_tokens.unsqueeze(-1)
     best = torch.where(other & (other.cumsum(-1) < k), best, -1)  # k - 1 of them, whether or not the target's is there
@@ -84,13 +84,13 @@ def walk_topk_threshold(
     among = ((best.gather(1, before) == tokens.unsqueeze(-1)) & (tokens >= 0).unsqueeze(-1)).any(-1)
     likely = target_probs.flatten(1).gather(1, (parents + 1) * vocab + tokens.clamp(min=0)) > threshold
     allowed = (tokens == target_tokens.gather(1, parents + 1)) | (among & likely)
-    end = deepest(reached(allowed, parents, depth), parents, depth)
+    end = deepest(reached(allowed, parents, levels), parents, levels)
     above, here = functional.pad(parents + 1, (1, 0)), end.unsqueeze(1)
     on_path = torch.zeros_like(above, dtype=torch.bool)
-    for _ in range(depth):
+    for _ in range(levels):
         on_path = on_path.scatter(1, here, True)
         here = above.gather(1, here)
-    path, accepted, last = path_of(on_path[:, 1:], depth)
+    path, accepted, last = path_of(on_path[:, 1:], levels)
     return path, accepted, target_tokens.gather(1, last.unsqueeze(1)).squeeze(1)
 
 
