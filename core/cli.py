@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig
 
 from polyspec.errors import PolyspecError, unknown
-from polyspec.recipe import configuration_packages
+from polyspec.recipe import NEEDS, configuration_packages
 
 
 @hydra.main(version_base="1.3", config_path="pkg://polyspec.conf", config_name="config")
@@ -28,6 +28,9 @@ def main() -> None:
     plugins = [f"pkg://{p}" for p in configuration_packages()[1:]]
     if plugins:
         sys.argv.append(f"hydra.searchpath=[{','.join(plugins)}]")
+    if any(a.startswith("recipe=") for a in sys.argv):  # what a recipe needs is not among the knobs of its file
+        needs = tuple(f"recipe.{need}=" for need in NEEDS)
+        sys.argv[1:] = [f"++{a}" if a.startswith(needs) else a for a in sys.argv[1:]]
     # errors reach us whole: hydra's own handler prints a traceback and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:

@@ -178,6 +178,7 @@ NEEDS = {
     "draft_model": "a smaller transformers model with the target's tokenizer, or the folder of one",
     "heads": "trained draft heads, or the folder that `polyspec task=train` wrote",
     "datastore": "texts or token lists to look continuations up in",
+    "pools": "the file that retrieval pools are kept in (made by the first run), or polyspec.drafting.pools.Pools",
 }
 
 

@@ -6,9 +6,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -21,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from polyspec.errors import ConfigError, InputError, unknown
+from polyspec.files import whole_file
 from polyspec.outputs import Audio, Result
 from polyspec.pipelines import pipeline
 from polyspec.recipe import find_recipe
@@ -162,28 +160,6 @@ def check_output(output: str | None) -> None:
         raise InputError(f"cannot write {output}: there is no folder {folder}; create it or choose another output=")
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write to {folder.resolve()}; choose another output=")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed when the block succeeds: no half-written file is left."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~current_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_outputs(result: Result, output: str | None, prompt: str, plain: Result | None) -> list[Path]:

@@ -45,6 +45,7 @@ NEEDS: dict[str, Callable[[Recipe, PreTrainedModel, float], Any]] = {
     "draft_model": lambda recipe, model, noise: drafter_copy(model, noise),
     "heads": lambda recipe, model, noise: heads(recipe.config.drafter.get("inner", recipe.config.drafter)._target_, model),
     "datastore": lambda recipe, model, noise: texts(model),
+    "pools": lambda recipe, model, noise: {"default": texts(model)},
 }
 """How to make what a recipe needs, for a target model; noise says how far the drafter is from the target."""
 

@@ -49,6 +49,11 @@ def test_the_table_of_recipes_needs_neither_torch_nor_transformers(tmp_path: Pat
         (("prompt=red heart", "dtype=float3"), ("unknown dtype 'float3'",)),
         (("prompt=red heart", "recipe=sjd", "recipe.window=0"), ("must be a whole number",)),
         (("prompt=red heart", "recipe=sjd", "recipe.init=lefft"), ("unknown init 'lefft'", "'left'")),
+        (("modality=text", "prompt=x", "recipe=rest", "recipe.datastore=nowhere"), ("cannot read the datastore nowhere",)),
+        (
+            ("modality=text", "prompt=x", "recipe=dare", "recipe.pools=nowhere", "recipe.learn=false"),
+            ("cannot read the pools nowhere",),
+        ),
         (("task=train",), ("set train.data.path=…",)),
         (("task=train", "train=eagel"), ("unknown train 'eagel'", "'eagle'")),
     ],

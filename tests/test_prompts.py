@@ -12,8 +12,10 @@ from polyspec.prompts import load_prompts
 
 def test_prompt_sets_have_their_sizes_and_do_not_overlap() -> None:
     chat, copy, train = (load_prompts(name) for name in ("chat", "copy", "train_chat"))
+    preferences, before = load_prompts("preferences"), load_prompts("train_preferences")
+    assert len(preferences) >= 40 and len(before) >= 20
     assert len(chat) >= 32 and len(copy) >= 12 and len(train) >= 600
-    everything = chat + copy + train
+    everything = chat + copy + train + preferences + before
     assert len({" ".join(prompt.lower().split()) for prompt in everything}) == len(everything)
     assert all(prompt.strip() == prompt and len(prompt) > 10 for prompt in everything)
     assert all(90 <= len(prompt.split()) <= 260 for prompt in copy)

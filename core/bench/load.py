@@ -1,8 +1,8 @@
-"""`polyspec task=bench serve=local`: a service under load, its latencies, throughput and refusals.
+"""`polyspec task=bench serve=local` (or `serve=ray`): a service under load, its latencies, throughput and refusals.
 
 The service is started as `task=serve` would, in a process of its own. First `clients` ask one request after another: that
-is what it can do. Then `share` of that rate is offered at random times (a Poisson process) whether or not answers come,
-as users do.
+is what it can do. Then `share` of that rate, or each of several shares in turn, is offered at random times (a Poisson
+process) whether or not answers come, as users do.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError("loading a service needs httpx: pip install httpx") from error
     settings: Any = OmegaConf.to_container(config.bench, resolve=True)
     load, folder = settings["load"], Path(settings["output"])
+    shares = load["share"] if isinstance(load["share"], list) else [load["share"]]
     path, bodies = part_of(config.modality.name, "serve").example_requests(config, settings)
     choose = random.Random(config.seed)
     console = Console()
@@ -87,12 +88,12 @@ def run(config: DictConfig) -> None:
                     await closed(ask, Phase("warm-up"), load["clients"], min(3.0, load["seconds"]))
                 with console.status("as much as it can do"):
                     full = await closed(ask, Phase("at capacity"), load["clients"], load["seconds"])
-                rate = load["share"] * full.statuses["200"] / full.seconds
-                if not rate:
-                    return [full]
-                with console.status(f"{rate:.0f} requests a second"):
-                    part = Phase(f"{load['share']:.0%} of it", rate)
-                    return [full, await opened(ask, part, load["seconds"], choose)]
+                found, most = [full], full.statuses["200"] / full.seconds
+                for share in shares if most else ():
+                    with console.status(f"{share * most:.0f} requests a second"):
+                        part = Phase(f"{share:.0%} of it", share * most)
+                        found.append(await opened(ask, part, load["seconds"], choose))
+                return found
 
         found = [p.figures() for p in asyncio.run(phases())]
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def service(config: DictConfig) -> Iterator[str]:
     with socket.socket() as free:
         free.bind((config.serve.host, 0))
         port = free.getsockname()[1]
-    given = [a for a in sys.argv[1:] if not a.startswith(("task=", "bench", "serve=", "serve.port="))]
+    given = [a for a in sys.argv[1:] if not a.startswith(("task=", "bench", "serve.port="))]
     command = [sys.executable, "-m", "polyspec", "task=serve", *given, f"serve.port={port}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     url = f"http://{config.serve.host}:{port}"

@@ -43,7 +43,7 @@ class TreeLoop:
             with stats.timed("verify"):
                 scores = context.processing.scores(output.logits, sequences, draft.tokens, tree)
                 positions = sequences.positions(1) + tree.depth.to(sequences.device)
-                path, accepted, token = context.draws.walk(self.walk, draft, scores, positions)
+                path, accepted, token = self.step(context, draft, scores, positions)
                 drafted = draft.tokens.gather(1, path.clamp(min=0))
                 verdict = Verdict(accepted, token)
                 if target.lockstep:
@@ -58,6 +58,10 @@ class TreeLoop:
                 drafter.observe(along(output.hidden, kept[:, : max(gained)]), verdict.accepted)
             stats.record(tree.height, gained, tree.size)
             context.length.observe(tree.height, gained, stats)
+
+    def step(self, context: Context, draft: Draft, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Walk the tree of `draft` by scores `[B, M+1, V]` at absolute positions `[B, M+1]`: what the tree rule returns."""
+        return context.draws.walk(self.walk, draft, scores, positions)
 
 
 def along(hidden: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:

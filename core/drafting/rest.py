@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from polyspec.decoding.sequences import Sequences
 from polyspec.drafting.base import Context, Draft
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.lengths import positive
@@ -182,13 +183,17 @@ class Rest:
             if context:
                 found = self.datastore.continuations(context, count, self.longest, self.shortest)
             tries[context] = trie(found, self.nodes)
-        rows = [tries[context] for context in contexts]
-        size = max(len(tokens) for tokens, _ in rows)
-        # a row with fewer nodes repeats its last token under the root: as a draft it is as good as any
-        tokens = [[*t, *[h[-1]] * (size - len(t))] for (t, _), h in zip(rows, s.history, strict=True)]
-        parents = [[*p, *[-1] * (size - len(p))] for _, p in rows]
-        tokens, parents = (torch.tensor(x, dtype=torch.long, device=s.device) for x in (tokens, parents))
-        return Draft(tokens, None, Tree(parents))
+        return side_by_side([tries[context] for context in contexts], s)
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
         pass
+
+
+def side_by_side(rows: Sequence[tuple[list[int], list[int]]], sequences: Sequences) -> Draft:
+    """A tree a row, as its nodes' tokens and parents, in one draft of certain nodes."""
+    size = max(len(tokens) for tokens, _ in rows)
+    # a row with fewer nodes repeats its last token under the root: as a draft it is as good as any
+    tokens = [[*t, *[h[-1]] * (size - len(t))] for (t, _), h in zip(rows, sequences.history, strict=True)]
+    parents = [[*p, *[-1] * (size - len(p))] for _, p in rows]
+    tokens, parents = (torch.tensor(x, dtype=torch.long, device=sequences.device) for x in (tokens, parents))
+    return Draft(tokens, None, Tree(parents))

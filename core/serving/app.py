@@ -55,10 +55,11 @@ def base_app(title: str, lifespan: Lifespan, metrics: Metrics, max_body: int) ->
     """An application with GET /health, /ready and /metrics. Bodies above `max_body` bytes get 413, polyspec's errors
     422, a full queue 503 with Retry-After, a missed deadline 504; all with {"detail": message}.
 
-    It is ready once `app.state.ready` is set, which is for `lifespan` to do.
+    It is ready once `app.state.ready` is set, which is for `lifespan` to do. Once `app.state.closing` is set, which is for
+    the server to do, answers end their connections.
     """
     app = FastAPI(title=title, version=version("polyspec"), lifespan=lifespan)
-    app.state.ready = False
+    app.state.ready, app.state.closing = False, False
     app.add_middleware(LimitBody, most=max_body)
 
     @app.middleware("http")
@@ -69,6 +70,8 @@ def base_app(title: str, lifespan: Lifespan, metrics: Metrics, max_body: int) ->
         if route is not None:
             path = getattr(route, "path", "")
             metrics.latency.labels(path, str(response.status_code)).observe(time.perf_counter() - start)
+        if app.state.closing:  # asked over a kept connection, which otherwise would keep the service alive
+            response.headers["Connection"] = "close"
         return response
 
     @app.exception_handler(PolyspecError)

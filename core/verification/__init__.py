@@ -8,7 +8,7 @@ One rule is one file, named after the rule, with the paper's equation in its doc
   speculative_cascade, lantern, lantern_pp, cool_sd, grouped, coarse_grained, pcg, sampled_tolerance,
   additive_tolerance, topk_threshold, multi_token.
 * Several candidates for one token: recursive_rejection, kseq, spechub, greedy_plus_one, importance_selection.
-* Trees: walk_deterministic, walk_recursive, traversal_verification, walk_tolerant.
+* Trees: walk_deterministic, walk_recursive, traversal_verification, walk_tolerant, walk_topk_threshold.
 * Lists: strict_topk, relaxed_topk.
 * A window of positions, each on its own: sjd, scd_mc, scd_gs, gsd.
 * Single draws: modified_rejection, reflection_coupling, gumbel_argmax, sample.
@@ -42,7 +42,7 @@ from polyspec.verification.speculative_sampling import speculative_sampling
 from polyspec.verification.strict_topk import TopK, strict_topk
 from polyspec.verification.threshold_rollback import threshold_rollback, threshold_rollback_greedy
 from polyspec.verification.tolerant_walk import walk_tolerant
-from polyspec.verification.topk_threshold import topk_threshold
+from polyspec.verification.topk_threshold import topk_threshold, walk_topk_threshold
 from polyspec.verification.traversal_verification import traversal_verification
 from polyspec.verification.tree_walk import walk_deterministic, walk_recursive
 from polyspec.verification.typical_acceptance import typical_acceptance
@@ -100,4 +100,5 @@ __all__ = [
     "walk_deterministic",
     "walk_recursive",
     "walk_tolerant",
+    "walk_topk_threshold",
 ]

@@ -38,16 +38,10 @@ def walk_deterministic(
     rows, nodes = tokens.shape
     if target_tokens.shape != (rows, nodes + 1):
         raise InputError(f"target_tokens must be [{rows}, {nodes + 1}], not {list(target_tokens.shape)}")
-    depth = _depth(depth, nodes)
+    depth = tree_depth(depth, nodes)
     twin = siblings(parents) & (tokens.unsqueeze(2) == tokens.unsqueeze(1))
     on_path = (tokens == target_tokens.gather(1, parents + 1)) & ~twin.triu(1).any(1)
-    # a node is on the path if it and all its ancestors match: pointer doubling, with the root at index 0
-    on_path = functional.pad(on_path, (1, 0), value=True)
-    above = functional.pad(parents + 1, (1, 0))
-    for _ in range((depth - 1).bit_length() if depth else 0):
-        on_path = on_path & on_path.gather(1, above)
-        above = above.gather(1, above)
-    path, accepted, last = path_of(on_path[:, 1:], depth)
+    path, accepted, last = path_of(reached(on_path, parents, depth), depth)
     return path, accepted, target_tokens.gather(1, last.unsqueeze(1)).squeeze(1)
 
 
@@ -75,7 +69,7 @@ def walk_recursive(
     parents = check_tree(tokens, parents, node_q, target_probs)
     check_generator(generator, tokens.device)
     rows, nodes = tokens.shape
-    depth = _depth(depth, nodes)
+    depth = tree_depth(depth, nodes)
     children = min(nodes if children is None else children, nodes)
     row = torch.arange(rows, device=tokens.device)
     index = torch.arange(nodes, device=tokens.device)
@@ -131,6 +125,16 @@ def siblings(parents: Tensor) -> Tensor:
     return parents.unsqueeze(2) == parents.unsqueeze(1)
 
 
+def reached(passable: Tensor, parents: Tensor, depth: int) -> Tensor:
+    """Nodes that are passable, and all of their ancestors too: passable [B, M] bool, parents [B, M] -> [B, M] bool."""
+    on_path = functional.pad(passable, (1, 0), value=True)
+    above = functional.pad(parents + 1, (1, 0))
+    for _ in range((depth - 1).bit_length() if depth else 0):  # pointer doubling, with the root at index 0
+        on_path = on_path & on_path.gather(1, above)
+        above = above.gather(1, above)
+    return on_path[:, 1:]
+
+
 def path_of(on_path: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """A path as a mask [B, M] -> (its nodes in order, padded with -1, [B, depth]; length [B]; index of its end [B]).
 
@@ -144,7 +148,8 @@ def path_of(on_path: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     return path, on_path.sum(1), end
 
 
-def _depth(depth: int | None, nodes: int) -> int:
+def tree_depth(depth: int | None, nodes: int) -> int:
+    """`depth`, by default the most that `nodes` nodes can have; ConfigError below 0."""
     depth = nodes if depth is None else depth
     check_knob("depth", depth, 0)
     return depth

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from polyspec.errors import CheckpointError, InputError
+from polyspec.files import whole_file
 from polyspec.outputs import Recommendation
 from polyspec.trie import Trie, as_table
 
@@ -159,7 +160,8 @@ class Items:
         metadata = {"format": FORMAT, "items": described, "sha256": checksum(arrays, described)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(arrays, path, metadata)
+            with whole_file(path) as temporary:
+                save_file(arrays, temporary, metadata)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         return path

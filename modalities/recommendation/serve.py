@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from fastapi import Body, FastAPI, HTTPException
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError, unknown
 from polyspec.modalities.recommendation.evaluate import bench_prompts
-from polyspec.modalities.recommendation.items import Items
+from polyspec.modalities.recommendation.items import FILE, Items
 from polyspec.modalities.recommendation.pipeline import PLAIN, Pipeline
 from polyspec.serving.app import Metrics, base_app
 from polyspec.serving.batching import Batcher
@@ -63,10 +64,44 @@ class NewItem(BaseModel):
     title: str | None = None
 
 
+class SharedItems:
+    """A catalogue in a folder, for several processes that serve it: what one changes the others find with their next
+    request, and processes that start later start with it."""
+
+    def __init__(self, folder: str, items: Items):
+        self.folder, self.seen = Path(folder), (0, 0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot keep the catalogue in {folder}: {error.strerror or error}") from error
+        self.lock = FileLock(self.folder / "items.lock")
+        with self.lock:
+            if not (self.folder / FILE).exists():
+                items.save(self.folder)
+
+    def version(self) -> tuple[int, int]:
+        found = (self.folder / FILE).stat()
+        return found.st_mtime_ns, found.st_ino
+
+    def stale(self) -> bool:
+        """Whether there is another version than the one last loaded or saved here."""
+        return self.version() != self.seen
+
+    def load(self) -> Items:
+        self.seen = self.version()  # before reading: what is replaced meanwhile is read again
+        return Items.load(self.folder)
+
+    def save(self, items: Items) -> None:
+        items.save(self.folder)
+        self.seen = self.version()
+
+
 class Recommender:
     """Pipelines of one model, a recipe each, that share a catalogue; and the users' histories, if known."""
 
-    def __init__(self, target: Any, recipe: str | None, device: Any, dtype: Any, users: str | None):
+    def __init__(
+        self, target: Any, recipe: str | None, device: Any, dtype: Any, users: str | None, catalogue: str | None = None
+    ):
         first = Pipeline(target=target, recipe=recipe, device=device, dtype=dtype)
         self.default = first.method.recipe.name
         self.pipes = {self.default: first}
@@ -75,6 +110,8 @@ class Recommender:
                 self.pipes[name] = Pipeline(target=first.loaded, recipe=name)
         self.users = read_users(users)
         self.metrics: Metrics | None = None
+        self.shared = None if catalogue is None else SharedItems(catalogue, first.items)
+        self.refresh()
 
     @property
     def items(self) -> Any:
@@ -84,6 +121,24 @@ class Recommender:
         """Recommend from another catalogue from the next batch on."""
         for pipe in self.pipes.values():
             pipe.items = items
+
+    def stale(self) -> bool:
+        """Whether another process has changed the catalogue."""
+        return self.shared is not None and self.shared.stale()
+
+    def refresh(self) -> None:
+        """Take over what another process has changed."""
+        if self.shared is not None and self.shared.stale():
+            self.change_items(self.shared.load())
+
+    def edit(self, change: Callable[[Items], Items]) -> None:
+        """Recommend from `change(items)` from the next batch on, and so do the processes that share the catalogue."""
+        with nullcontext() if self.shared is None else self.shared.lock:
+            self.refresh()
+            items = change(self.items)
+            self.change_items(items)
+            if self.shared is not None:
+                self.shared.save(items)
 
     def warm_up(self) -> None:
         for pipe in self.pipes.values():
@@ -168,10 +223,12 @@ def application(
     queue: int = 64,
     deadline_s: float = 10.0,
     max_body: int = 1 << 20,
+    catalogue: str | None = None,
 ) -> FastAPI:
     """The service as an ASGI application. target, recipe, device, dtype: as for the pipeline; users: a JSON file of
-    {user: item ids}; the rest: see `Batcher` and `base_app`."""
-    service = Recommender(target, recipe, device, dtype, users)
+    {user: item ids}; catalogue: a folder that keeps what is added and removed, for all processes that are given it (None:
+    changes are this process's own and end with it); the rest: see `Batcher` and `base_app`."""
+    service = Recommender(target, recipe, device, dtype, users, catalogue)
     batcher = Batcher[Ask, Answer](service.work, batch=batch, wait_ms=wait_ms, queue=queue)
     service.metrics = Metrics(lambda: batcher.depth)
     changing = asyncio.Lock()
@@ -187,9 +244,20 @@ def application(
 
     app = base_app("polyspec recommendations", lifespan, service.metrics, max_body)
 
+    async def current() -> None:
+        if service.stale():
+            async with changing:
+                await asyncio.to_thread(service.refresh)
+
+    async def edit(change: Callable[[Items], Items]) -> dict[str, int]:
+        async with changing:
+            await asyncio.to_thread(service.edit, change)
+        return {"items": len(service.items)}
+
     @app.post("/v1/recommendations", tags=["recommendations"])
     async def recommend(ask: Ask) -> Answer:
         """The k best items for a history."""
+        await current()
         service.check(ask)
         limit = deadline_s if ask.deadline_ms is None else min(deadline_s, ask.deadline_ms / 1000)
         return await batcher.submit(ask, limit)
@@ -197,27 +265,22 @@ def application(
     @app.get("/v1/items", tags=["items"])
     async def count() -> dict[str, int]:
         """How many items there are."""
+        await current()
         return {"items": len(service.items)}
 
     @app.post("/v1/items", status_code=201, tags=["items"])
     async def add(new: Annotated[list[NewItem], Body(min_length=1, max_length=10_000)]) -> dict[str, int]:
         """Add items whose tokens are known; they can be recommended from the next batch on."""
-        async with changing:
-            ids, titles = [i.item_id for i in new], [i.title or "" for i in new]
-            if len({len(i.tokens) for i in new}) > 1:
-                raise InputError("all items need equally many tokens")
-            tokens = np.array([i.tokens for i in new])
-            items = await asyncio.to_thread(service.items.with_items, ids, tokens, titles)
-            await asyncio.to_thread(service.change_items, items)
-        return {"items": len(service.items)}
+        ids, titles = [i.item_id for i in new], [i.title or "" for i in new]
+        if len({len(i.tokens) for i in new}) > 1:
+            raise InputError("all items need equally many tokens")
+        tokens = np.array([i.tokens for i in new])
+        return await edit(lambda items: items.with_items(ids, tokens, titles))
 
     @app.delete("/v1/items/{item_id}", tags=["items"])
     async def remove(item_id: int) -> dict[str, int]:
         """Remove an item; it is not recommended from the next batch on, and histories may no longer hold it."""
-        async with changing:
-            items = await asyncio.to_thread(service.items.without, [item_id])
-            await asyncio.to_thread(service.change_items, items)
-        return {"items": len(service.items)}
+        return await edit(lambda items: items.without([item_id]))
 
     return app
 

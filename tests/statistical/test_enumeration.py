@@ -765,6 +765,11 @@ def a_windows_siblings_are_not_drawn_from_the_stored_distribution(patch: pytest.
     return made("sjd_pac")
 
 
+@wrong()
+def what_a_pool_holds_is_kept_where_it_is_likely(_: pytest.MonkeyPatch) -> polyspec.CustomGenerate:
+    return made("dare", k=3, threshold=0.05)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_or_loop_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variant, samples, patch = WRONG[name]

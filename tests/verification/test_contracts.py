@@ -128,6 +128,7 @@ def test_what_has_no_verdict_does_not_wait_for_the_device_either():
     tokens, q, p = chain_inputs(device="meta")
     v.modified_rejection(tokens, q, p[:, :-1])
     v.walk_deterministic(tokens, tokens[0], torch.zeros(6, 4, dtype=torch.long, device="meta"))
+    v.walk_topk_threshold(tokens, tokens[0], torch.zeros(6, 4, dtype=torch.long, device="meta"), p)
     v.reflection_coupling(q, q, q, 0.5)
     v.spechub_draft(q[:, 0])
     v.greedy_plus_one_draft(q, 3)
@@ -306,7 +307,7 @@ EXPECTED = {
     "topk_threshold": "heuristic", "modified_rejection": "exact", "reflection_coupling": "exact",
     "recursive_rejection": "exact", "kseq": "exact", "spechub": "exact", "greedy_plus_one": "exact",
     "importance_selection": "exact", "walk_deterministic": "exact", "walk_recursive": "exact",
-    "traversal_verification": "exact",
+    "traversal_verification": "exact", "walk_topk_threshold": "heuristic",
 }  # fmt: skip
 
 
