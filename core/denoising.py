@@ -88,7 +88,9 @@ class Sampler:
 
     def to(self, device: torch.device | str) -> Sampler:
         """On `device`."""
-        moved = (x.to(device) for x in (self.timesteps, self.clean_x, self.clean_out, self.mean_clean, self.mean_x, self.std))
+        moved = (
+            x.to(device) for x in (self.timesteps, self.clean_x, self.clean_out, self.mean_clean, self.mean_x, self.std)
+        )
         return Sampler(*moved, self.clip)
 
     def mean(self, output: Tensor, x: Tensor, step: Tensor) -> Tensor:

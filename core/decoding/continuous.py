@@ -213,7 +213,9 @@ def speculate(
 class Latents:
     """B rows of continuous tokens in one buffer `tokens [B, limit + 1, D]`, of which row b has `lengths[b]`."""
 
-    def __init__(self, rows: int, limit: int, dim: int, device: torch.device, emit: Callable[[int], None] | None = None):
+    def __init__(
+        self, rows: int, limit: int, dim: int, device: torch.device, emit: Callable[[int], None] | None = None
+    ):
         self.tokens = torch.zeros(rows, limit + 1, dim, device=device)
         self.batch, self.limit, self.emit = rows, positive("the number of tokens", limit), emit
         self.lengths = [0] * rows

@@ -87,6 +87,8 @@ def check_trajectories(points: Tensor, means_q: Tensor, means_p: Tensor, std: Te
     expected = (rows, length, count - 1, dim)
     for name, means in (("means_q", means_q), ("means_p", means_p)):
         if means.shape != expected:
-            raise InputError(f"{name} must be {list(expected)} for points {list(points.shape)}, not {list(means.shape)}")
+            raise InputError(
+                f"{name} must be {list(expected)} for points {list(points.shape)}, not {list(means.shape)}"
+            )
     if std.shape != (count - 1,):
         raise InputError(f"std must be [{count - 1}], one a denoising step, not {list(std.shape)}")

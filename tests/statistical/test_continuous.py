@@ -64,7 +64,9 @@ def suffix_kept(points, means_q, means_p, std, *, generator=None):
         return verdict
     points[:, 0, -1] = torch.where((verdict.accepted == 0)[:, None], verdict.start, points[:, 0, -1])
     behind = torch.where(verdict.accepted == 0, 1, verdict.accepted)
-    return LatentVerdict(behind, torch.where(verdict.accepted == 0, STD.numel(), verdict.steps), points[:, 1, -1], verdict.kept)
+    return LatentVerdict(
+        behind, torch.where(verdict.accepted == 0, STD.numel(), verdict.steps), points[:, 1, -1], verdict.kept
+    )
 
 
 WRONG = {
@@ -73,9 +75,10 @@ WRONG = {
     "the drafted suffix is kept": {"rule": suffix_kept},
     "means along the target's own trajectory": {"trajectory": aligned},
 }
+SLOW_WRONG = ["no reflection"]
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_WRONG else n for n in WRONG])
 def test_a_wrong_loop_is_caught(name: str) -> None:
     tokens, _ = decode(LinearGaussian(), LinearGaussian(SHIFT), rows=WRONG_ROWS, **WRONG[name])
     assert fit(tokens, LinearGaussian()) < LEAST

@@ -168,7 +168,9 @@ class LatentImageModel(PreTrainedModel):
         words = self.transformer.embed_tokens(nn.functional.pad(prompts, (0, count - 1)))
         embeds = torch.where((place > 0)[..., None], image, words)
         at = self.places(place.clamp(0, count - 1))
-        hidden = self.transformer(inputs_embeds=embeds + at * (place >= 0)[..., None], use_cache=False).last_hidden_state
+        hidden = self.transformer(
+            inputs_embeds=embeds + at * (place >= 0)[..., None], use_cache=False
+        ).last_hidden_state
         slots = lengths[:, None] - 1 + torch.arange(count, device=prompts.device)
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
 

@@ -23,6 +23,7 @@ from polyspec.errors import ConfigError, InputError
 from polyspec.metrics import LatentStats
 from polyspec.modalities.image.continuous.model import LatentImageModel
 from polyspec.outputs import Result
+from polyspec.recipe import find_recipe
 from polyspec.verification import reflection_chain
 
 PLAIN, DEFAULT_RECIPE = "autoregressive", "reflection"
@@ -51,17 +52,18 @@ class ContinuousPipeline:
         if not isinstance(target, tuple):
             folder = Path(target)
             draft = str(folder / DRAFT) if (folder / DRAFT / "config.json").is_file() else None
-        if draft is not None and recipe != PLAIN:
+        wanted = find_recipe(recipe or DEFAULT_RECIPE)
+        if draft is not None and "draft_model" in (*wanted.needs, *wanted.takes):
             given = {"draft_model": draft, **given}
         self.draft = draft
-        self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, given)
-        # the plain recipe names the loop of discrete tokens; continuous ones are drawn plainly by their own
-        self.loop = Continuous(reflection_chain) if self.method.recipe.name == PLAIN else self.method.loop
-        if not isinstance(self.loop, Continuous):
+        if wanted.name != PLAIN and not str(wanted.config.loop._target_).endswith(".Continuous"):
             raise ConfigError(
-                f"recipe {self.method.recipe.name!r} is for discrete tokens, and this model's are continuous; choose "
+                f"recipe {wanted.name!r} is for discrete tokens, and this model's are continuous; choose "
                 f"{DEFAULT_RECIPE}, cspd or {PLAIN}"
             )
+        self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, given)
+        # the plain recipe names the loop of discrete tokens; continuous ones are drawn plainly by their own
+        self.loop: Continuous = Continuous(reflection_chain) if wanted.name == PLAIN else self.method.loop
         if isinstance(target, tuple):
             self.model, self.tokenizer, self.vae = target[:3]
         else:
@@ -71,8 +73,7 @@ class ContinuousPipeline:
             self.model = pipelines.load(LatentImageModel.from_pretrained, folder, dtype=kind).to(device).eval()
             self.tokenizer = pipelines.load(AutoTokenizer.from_pretrained, folder)
             self.vae = pipelines.load(AutoencoderKL.from_pretrained, folder / VAE).to(device).eval()
-        drafter = self.method.drafter()
-        self.loop.check(self.model.latent_target(1.0), drafter if self.method.recipe.name != PLAIN else None)
+        self.loop.check(self.model.latent_target(1.0), self.method.drafter())
 
     @property
     def loaded(self) -> tuple[Any, ...]:
@@ -105,7 +106,11 @@ class ContinuousPipeline:
         return Result(pictures(pixels), stats)
 
     def draw(
-        self, prompts: list[list[int]], seed: int | Sequence[int] | None, scale: float, progress: Callable[[int], None] | None
+        self,
+        prompts: list[list[int]],
+        seed: int | Sequence[int] | None,
+        scale: float,
+        progress: Callable[[int], None] | None,
     ) -> tuple[Tensor, LatentStats]:
         """Tokens `[B, grid², D]`."""
         recipe = self.method.recipe

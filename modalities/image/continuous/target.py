@@ -53,7 +53,11 @@ class LatentTarget:
         mask = layout.visible[:, None].expand(streams, -1, -1, -1)
         positions = (layout.base + layout.depth).expand(streams, -1)
         out = self.model.transformer(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
         )
         return out.last_hidden_state
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polyspec.modalities.image.continuous.model import LatentImageConfig, LatentImageModel
 from polyspec.modalities.image.continuous.pipeline import DRAFT, OPENING, VAE
-from polyspec.modalities.image.train.data import DataConfig, Pictures, read_pictures, to_model_range
+from polyspec.modalities.image.train.data import Pictures, read_pictures, to_model_range
 from polyspec.modalities.image.train.language_model import known_captions, pad_prompts
 from polyspec.modalities.image.train.model import new_processor
 from polyspec.modalities.image.train.stage import (
@@ -32,7 +32,7 @@ from polyspec.modalities.image.train.stage import (
     update,
 )
 from polyspec.modalities.image.train.tokenizer import reconstruction_loss
-from polyspec.training.trainer import Schedule, fit
+from polyspec.training.trainer import fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,9 @@ def train_vae(pixels: Tensor, config: VAEConfig, output: Path) -> AutoencoderKL:
         return {"loss": loss.item(), "kl": kl.item()}
 
     state = {"model": model, "optimizer": optimizer}
-    run_stage("vae", config.budget, Checkpoints(output / "vae.pt", config.checkpoint_minutes, {}), state, train_step, dict)
+    run_stage(
+        "vae", config.budget, Checkpoints(output / "vae.pt", config.checkpoint_minutes, {}), state, train_step, dict
+    )
     model.eval().save_pretrained(output / VAE)
     return model
 
