@@ -79,9 +79,9 @@ class Sampler:
         }
         clean_x, clean_out = kinds[config["prediction_type"]]
         mean_clean, mean_x = a_prev**0.5 * beta / (1 - a), (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a)
-        numbers = (x.float() for x in (clean_x, clean_out, mean_clean, mean_x, std))
+        numbers = [x.float() for x in (clean_x, clean_out, mean_clean, mean_x, std)]
         clip = float(config["clip_sample_range"]) if config["clip_sample"] else None
-        return cls(torch.tensor(times), *numbers, clip)
+        return cls(torch.tensor(times), *numbers, clip=clip)
 
     def __len__(self) -> int:
         return len(self.std)
@@ -91,7 +91,7 @@ class Sampler:
         moved = (
             x.to(device) for x in (self.timesteps, self.clean_x, self.clean_out, self.mean_clean, self.mean_x, self.std)
         )
-        return Sampler(*moved, self.clip)
+        return Sampler(*moved, clip=self.clip)
 
     def mean(self, output: Tensor, x: Tensor, step: Tensor) -> Tensor:
         """Mean `[.., D]` of the step numbered `step [..]` from x, for the network's `output [.., D]`."""

@@ -70,7 +70,7 @@ class LatentDraftModel:
             raise ConfigError(
                 f"draft_model must be a model of continuous tokens or the folder of one, got {type(draft_model).__name__}"
             )
-        self.model = draft_model
+        self.model: Any = draft_model
 
     def check(self, target: ContinuousTarget) -> None:
         """InputError unless both models have latents of one size and steps of the same number and covariance."""

@@ -98,7 +98,7 @@ class DiffusionHead(nn.Module):
         self.leave = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.latent_dim))
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        half = self.time[0].in_features // 2
+        half = self.enter.out_features // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=x.device))
         angles = timesteps[..., None].float() * rates
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))

@@ -48,9 +48,9 @@ class ContinuousPipeline:
         dtype: str | torch.dtype | None = None,
     ):
         given = dict(overrides or {})
-        draft = target[3] if isinstance(target, tuple) and len(target) > 3 else None
+        folder = Path() if isinstance(target, tuple) else Path(target)
+        draft: Any = target[3] if isinstance(target, tuple) and len(target) > 3 else None
         if not isinstance(target, tuple):
-            folder = Path(target)
             draft = str(folder / DRAFT) if (folder / DRAFT / "config.json").is_file() else None
         wanted = find_recipe(recipe or DEFAULT_RECIPE)
         if draft is not None and "draft_model" in (*wanted.needs, *wanted.takes):
@@ -65,7 +65,12 @@ class ContinuousPipeline:
         # the plain recipe names the loop of discrete tokens; continuous ones are drawn plainly by their own
         self.loop: Continuous = Continuous(reflection_chain) if wanted.name == PLAIN else self.method.loop
         if isinstance(target, tuple):
-            self.model, self.tokenizer, self.vae = target[:3]
+            if len(target) not in (3, 4):
+                raise ConfigError(
+                    "target must be a folder, or (model, tokenizer, vae), perhaps with a draft model behind them"
+                )
+            parts: Any = target
+            self.model, self.tokenizer, self.vae = parts[:3]
         else:
             device = device or pipelines.default_device()
             # latents are compared step by step: half precision would be noise of its own

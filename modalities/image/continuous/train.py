@@ -52,7 +52,8 @@ class VAEConfig:
 
     def model(self) -> AutoencoderKL:
         """A fresh one."""
-        return AutoencoderKL(
+        kind: Any = AutoencoderKL  # its annotations know tuples of one alone
+        return kind(
             down_block_types=("DownEncoderBlock2D",) * len(self.channels),
             up_block_types=("UpDecoderBlock2D",) * len(self.channels),
             block_out_channels=tuple(self.channels),
@@ -73,9 +74,9 @@ class LatentObjective:
     context: float = 0.3
     null_captions: float = 0.1
 
-    def losses(self, model: LatentImageModel) -> Callable[..., dict[str, Tensor]]:
+    def losses(self, model: Any) -> Callable[..., dict[str, Tensor]]:
         """`losses(model, batch)` for training.fit."""
-        scheduler = DDPMScheduler(**model.config.scheduler)
+        scheduler: Any = DDPMScheduler(**model.config.scheduler)
         kind, most = scheduler.config["prediction_type"], scheduler.config["num_train_timesteps"]
 
         def losses(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
