@@ -154,6 +154,8 @@ def custom_generate(
     found = find_recipe(recipe)
     if found.modalities == ("recommendation",):
         raise ConfigError(f"{recipe!r} searches for lists of items; use polyspec.pipeline('recommendation', recipe=…)")
+    if "rule" in found.config.loop and str(found.config.loop._target_).endswith(".Continuous"):
+        raise ConfigError(f"{recipe!r} is for models of continuous tokens; use polyspec.pipeline('image', recipe=…, target=…)")
     return CustomGenerate(build(found, overrides), seed=seed, streamer=streamer)
 
 

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -109,3 +113,33 @@ class DecodingStats:
         """All fields and rates, JSON-ready."""
         rates = ("tokens_per_call", "acceptance_rate", "mbsu", "token_rate", "real_time_factor")
         return {**asdict(self), **{rate: getattr(self, rate) for rate in rates}}
+
+
+@dataclass(slots=True)
+class LatentStats(DecodingStats):
+    """Of a run that draws continuous tokens: calls of the diffusion heads too, and acceptance by denoising step.
+
+    A step of a drafted token counts as tried where every token and step before it has held. draft_cost: a call of the
+    draft's head as a share of one of the target's, by their sizes.
+    """
+
+    head_calls: int = 0
+    draft_head_calls: int = 0
+    draft_cost: float = 0.0
+    accepted_by_step: list[int] = field(default_factory=list)
+    proposed_by_step: list[int] = field(default_factory=list)
+
+    def record_steps(self, kept: Tensor, accepted: list[int], gained: list[int]) -> None:
+        """Count the steps `kept [B, N, T]` of a round in which row b accepted `accepted[b]` tokens."""
+        rows, length, steps = kept.shape
+        if length == 0:
+            return
+        self.accepted_by_step = self.accepted_by_step or [0] * steps
+        self.proposed_by_step = self.proposed_by_step or [0] * steps
+        held = kept.flatten(1).long().cumprod(1)
+        tried = held.roll(1, 1)
+        tried[:, 0] = 1
+        running = [b for b in range(rows) if gained[b]]
+        for counts, found in ((self.accepted_by_step, held), (self.proposed_by_step, tried)):
+            for step, n in enumerate(found[running].view(len(running), length, steps).sum((0, 1)).tolist()):
+                counts[step] += n

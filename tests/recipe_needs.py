@@ -49,6 +49,8 @@ NEEDS: dict[str, Callable[[Recipe, PreTrainedModel, float], Any]] = {
 }
 """How to make what a recipe needs, for a target model; noise says how far the drafter is from the target."""
 
+CONTINUOUS = "polyspec.decoding.continuous."
+
 KNOBS = {"length": 4, "window": 6}
 """Small and fixed, where a recipe has the knob: the default lengths are tuned to the machine while running."""
 
@@ -69,6 +71,17 @@ def overrides(recipe: Recipe, model: PreTrainedModel, noise: float = 0.1, **knob
 def text_recipes(guarantee: str = "exact") -> list[Recipe]:
     """Recipes with `guarantee` that apply to text models."""
     return [r for r in polyspec.recipes("text") if r.guarantee == guarantee]
+
+
+def discrete_recipes(modality: str) -> list[Recipe]:
+    """Recipes of `modality` for models of discrete tokens; those for continuous ones are proved in
+    tests/statistical/test_continuous.py."""
+    return [r for r in polyspec.recipes(modality) if not r.config.loop._target_.startswith(CONTINUOUS)]
+
+
+def continuous_recipes() -> list[Recipe]:
+    """Recipes for models whose tokens are continuous."""
+    return [r for r in polyspec.recipes() if r.config.loop._target_.startswith(CONTINUOUS)]
 
 
 def by_name(recipes: list[Recipe]) -> Any:

@@ -11,6 +11,7 @@ One rule is one file, named after the rule, with the paper's equation in its doc
 * Trees: walk_deterministic, walk_recursive, traversal_verification, walk_tolerant, walk_topk_threshold.
 * Lists: strict_topk, relaxed_topk.
 * A window of positions, each on its own: sjd, scd_mc, scd_gs, gsd.
+* Continuous tokens, `(points [B,N,T+1,D], means_q, means_p [B,N,T,D], std [T]) -> LatentVerdict`: reflection_chain, cspd.
 * Single draws: modified_rejection, reflection_coupling, gumbel_argmax, sample.
 """
 
@@ -19,6 +20,7 @@ from polyspec.verification.block_verification import block_verification
 from polyspec.verification.checks import check_inputs, check_probabilities, check_tokens
 from polyspec.verification.coarse_grained import TokenGroups, coarse_grained, pcg
 from polyspec.verification.cool_sd import cool_sd
+from polyspec.verification.cspd import cspd
 from polyspec.verification.greedy_match import greedy_match
 from polyspec.verification.greedy_plus_one import greedy_plus_one, greedy_plus_one_draft
 from polyspec.verification.grouped import grouped, gsd
@@ -29,9 +31,9 @@ from polyspec.verification.lantern import lantern, lantern_greedy, lantern_pp, l
 from polyspec.verification.modified_rejection import modified_rejection
 from polyspec.verification.multi_token import multi_token, multi_token_greedy
 from polyspec.verification.recursive_rejection import recursive_rejection
-from polyspec.verification.reflection_coupling import reflection_coupling
+from polyspec.verification.reflection_coupling import reflection_chain, reflection_coupling
 from polyspec.verification.relaxed_topk import relaxed_topk
-from polyspec.verification.rule import Rule, Verdict, rule
+from polyspec.verification.rule import LatentVerdict, Rule, Verdict, rule
 from polyspec.verification.sampled_tolerance import sampled_tolerance
 from polyspec.verification.sampling import sample
 from polyspec.verification.scd import scd_gs, scd_mc
@@ -48,6 +50,7 @@ from polyspec.verification.tree_walk import walk_deterministic, walk_recursive
 from polyspec.verification.typical_acceptance import typical_acceptance
 
 __all__ = [
+    "LatentVerdict",
     "Rule",
     "TokenGroups",
     "TopK",
@@ -59,6 +62,7 @@ __all__ = [
     "check_tokens",
     "coarse_grained",
     "cool_sd",
+    "cspd",
     "greedy_match",
     "greedy_plus_one",
     "greedy_plus_one_draft",
@@ -79,6 +83,7 @@ __all__ = [
     "nearest_neighbours",
     "pcg",
     "recursive_rejection",
+    "reflection_chain",
     "reflection_coupling",
     "relaxed_topk",
     "rule",

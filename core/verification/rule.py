@@ -37,6 +37,17 @@ class Verdict:
     next_token: Tensor  # [B] long
 
 
+@dataclass(frozen=True, slots=True)
+class LatentVerdict:
+    """On N drafted continuous tokens: row b keeps its first `accepted[b]`. Denoising of the token behind them goes on from
+    `start[b]`, which `steps[b]` denoising steps have led to (0: from fresh noise, whatever `start` holds)."""
+
+    accepted: Tensor  # [B] long
+    steps: Tensor  # [B] long
+    start: Tensor  # [B, D]
+    kept: Tensor  # [B, N, T] bool, which steps would hold, each taken on its own
+
+
 class Rule(Protocol[Args, Result]):
     """A rule with its label, its paper (arXiv id) and the rule that replaces it at temperature 0."""
 

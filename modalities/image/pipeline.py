@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from polyspec import pipelines
 from polyspec.api import decode, make_draws
+from polyspec.decoding.continuous import Continuous
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Processing
 from polyspec.errors import ConfigError, InputError
@@ -18,13 +21,21 @@ from polyspec.modalities.image.target import adapter, make_image_target, model_c
 from polyspec.outputs import Result
 
 DEFAULT_RECIPE = "gumbel_jacobi"
+LATENT = "polyspec_latent_image"  # the model_type of models with a diffusion head
 
 
 class Pipeline:
     """Draws pictures with an autoregressive image model. See `polyspec.pipeline` for the arguments.
 
-    target: a folder or hub id, or a (model, processor) pair.
+    target: a folder or hub id, or a (model, processor) pair. A model of continuous tokens gets a pipeline of its own kind.
     """
+
+    def __new__(cls, *, target: Any = None, **kwargs: Any) -> Any:
+        if has_continuous_tokens(target):
+            from polyspec.modalities.image.continuous.pipeline import ContinuousPipeline
+
+            return ContinuousPipeline(target=target, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -37,6 +48,11 @@ class Pipeline:
     ):
         sample = NAME if pipelines.is_from(target, sample_path()) else None
         self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, overrides, sample)
+        if isinstance(self.method.loop, Continuous):
+            raise ConfigError(
+                f"recipe {self.method.recipe.name!r} is for continuous tokens, and this target's are discrete; give target=, a "
+                "model that `task=train train=image_continuous` made, or choose another recipe"
+            )
         if isinstance(target, tuple):
             self.model, self.processor = target
         else:
@@ -112,6 +128,19 @@ class Pipeline:
             chosen["guidance_scale"] = 1.0
         chosen["do_sample"] = bool(chosen["do_sample"])
         return chosen
+
+
+def has_continuous_tokens(target: Any) -> bool:
+    """Whether `target`, a pipeline's argument, is a model with a diffusion head, or the folder of one."""
+    if isinstance(target, tuple):
+        return bool(target) and hasattr(target[0], "latent_target")
+    config = Path(target) / "config.json" if isinstance(target, str | Path) else None
+    if config is None or not config.is_file():
+        return False
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == LATENT
+    except (OSError, ValueError, AttributeError):  # reported where the checkpoint is loaded
+        return False
 
 
 def load_model(source: Any, dtype: torch.dtype) -> Any:

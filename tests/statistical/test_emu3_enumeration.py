@@ -14,6 +14,7 @@ import pytest
 import torch
 from gtest import g_test
 from hydra.utils import get_class
+from recipe_needs import discrete_recipes
 from tiny_emu3 import CODES, EOF, EOI, EOL, EOS, tiny_emu3
 from torch import Tensor
 
@@ -25,7 +26,7 @@ SIZE, TOP, TEMPERATURE, SCALE = (16, 16), 3, 0.4, 1.5
 BATCH, SAMPLES, THRESHOLD = 2_500, 5_000, 1e-6
 SMALL = {"length": 4, "window": 4, "nodes": 6}
 HEADS = ["dflash", "eagle", "eagle2", "medusa"]
-EXACT = [r.name for r in polyspec.recipes("image") if r.guarantee == "exact" and not r.needs]
+EXACT = [r.name for r in discrete_recipes("image") if r.guarantee == "exact" and not r.needs]
 
 
 def next_codes(prefixes: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import get_class
+from recipe_needs import discrete_recipes
 from tiny_emu3 import CODES, EOF, EOI, EOL, EOS, HEIGHT, NAMES, SIZE, WIDTH, own_tokens, tiny_emu3
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from polyspec.modalities.image.target import Emu3Target, make_image_target
 
 PROMPTS = ["red heart", "star", "blue blue car"]
 NEGATIVE = "lowres blurry"
-EXACT = [r.name for r in polyspec.recipes("image") if r.guarantee == "exact" and not r.needs]
+EXACT = [r.name for r in discrete_recipes("image") if r.guarantee == "exact" and not r.needs]
 HEADS = ["dflash", "eagle", "eagle2", "medusa"]
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from hydra.utils import get_class
+from recipe_needs import discrete_recipes
 from tiny_glm_image import CODES, DRAWABLE, SIDE, request, tiny_glm_image, tiny_pipeline
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from polyspec.target import Target, make_target
 
 DRAW, EDIT = [[1, 3, 4], [1, 2, 3]], [[1, 2, 2], [1, 3, 4]]  # (1, rows, columns): the large picture and the small one
 PROMPTS = ["red heart blue", "star"]
-EXACT = [r.name for r in polyspec.recipes("image") if r.guarantee == "exact" and not r.needs]
+EXACT = [r.name for r in discrete_recipes("image") if r.guarantee == "exact" and not r.needs]
 HEADS = ["dflash", "eagle", "eagle2", "medusa"]
 
 

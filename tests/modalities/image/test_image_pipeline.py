@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import get_class
 from PIL import Image, ImageChops
+from recipe_needs import discrete_recipes
 
 import polyspec
 from polyspec.modalities.image.target import make_image_target, to_images
@@ -20,7 +21,7 @@ _spec.loader.exec_module(_module)
 tiny_janus = _module.tiny_janus
 
 PROMPTS = ["red heart", "star", "blue blue car"]
-EXACT = [r.name for r in polyspec.recipes("image") if r.guarantee == "exact" and not r.needs]
+EXACT = [r.name for r in discrete_recipes("image") if r.guarantee == "exact" and not r.needs]
 
 
 def own_pictures(prompts: list[str], guidance_scale: float) -> list[Image.Image]:

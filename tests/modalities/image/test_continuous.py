@@ -1,0 +1,217 @@
+"""The continuous image model: its target against its own forward pass, its pipeline, its training, bad input."""
+
+from __future__ import annotations
+
+import io
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny_latent
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from recipe_needs import continuous_recipes
+
+import polyspec
+import polyspec.conf
+from polyspec.denoising import ContinuousTarget
+from polyspec.drafting.continuous import LatentDraftModel
+from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError
+from polyspec.lengths import Paying
+from polyspec.metrics import LatentStats
+from polyspec.modalities.image.continuous import LatentImageModel
+from polyspec.recipe import build, find_recipe
+
+PROMPTS = ["red heart", "blue star red"]
+RECIPES = ["autoregressive", *(r.name for r in continuous_recipes())]
+
+
+def pipe(recipe: str, overrides=None, **config):
+    return polyspec.pipeline("image", target=tiny_latent.target(**config), recipe=recipe, overrides=overrides)
+
+
+def test_latents_are_cut_into_tokens_and_put_together_again() -> None:
+    model = tiny_latent.model(latent_mean=0.3, latent_std=2.0)
+    latents = torch.randn(2, 4, 8, 8)
+    tokens = model.to_tokens(latents)
+    assert tokens.shape == (2, 16, 16)
+    torch.testing.assert_close(model.to_latents(tokens), latents)
+    torch.testing.assert_close(tokens[0, 1].view(4, 2, 2), (latents[0, :, :2, 2:4] - 0.3) / 2)
+
+
+@torch.no_grad()
+def test_the_target_gives_the_models_conditions_whatever_was_rolled_back() -> None:
+    model = tiny_latent.model()
+    prompts = [tiny_latent.tokenizer()(p + "<boi>").input_ids for p in PROMPTS]
+    tokens = torch.randn(2, 16, 16)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    whole = model(ids, torch.tensor([len(p) for p in prompts]), tokens)
+    target = model.latent_target(1.5)
+    assert isinstance(target, ContinuousTarget)
+    target.prefill(prompts, 16)
+    kept = [0, 0]
+    for width, keep in ((3, [1, 3]), (4, [2, 1]), (5, [5, 4])):
+        slots = torch.tensor(kept)[:, None] + torch.arange(width)
+        fed = tokens.gather(1, (slots - 1).clamp(min=0)[..., None].expand(-1, -1, 16))
+        found = target.forward(fed)[:, :, 0]
+        torch.testing.assert_close(found, whole.gather(1, slots[..., None].expand_as(found)), atol=1e-4, rtol=1e-4)
+        kept = [n + k for n, k in zip(kept, keep, strict=True)]
+        target.rollback(kept)
+
+
+@torch.no_grad()
+def test_guidance_combines_two_streams_in_one_head_call() -> None:
+    model = tiny_latent.model()
+    guided, step = model.latent_target(2.0), torch.tensor([2, 4])
+    condition, x = torch.randn(2, 2, 32), torch.randn(2, 16)
+    with_words, without = (model.head(x, guided.sampler.timesteps[step], condition[:, g]) for g in range(2))
+    expected = guided.sampler.mean(without + 2 * (with_words - without), x, step)
+    torch.testing.assert_close(guided.means(condition, x, step), expected)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_draws_the_same_pictures_with_the_same_seed(recipe: str) -> None:
+    made = pipe(recipe, {} if recipe == "autoregressive" else {"length": 2})
+    first, second, other = (made(PROMPTS, seed=s, guidance_scale=2.0) for s in (3, 3, 4))
+    assert [o.size for o in first.outputs] == [(16, 16)] * 2
+    pixels = [[np.asarray(o) for o in r.outputs] for r in (first, second, other)]
+    assert all(np.array_equal(a, b) for a, b in zip(*pixels[:2], strict=True))
+    assert not np.array_equal(pixels[0][0], pixels[2][0])
+    stats = first.stats
+    assert stats.new_tokens == 32 and stats.guarantee == find_recipe(recipe).guarantee
+    assert stats.head_calls > 0 and (stats.draft_head_calls > 0) == (recipe != "autoregressive")
+    assert "accepted_by_step" in stats.to_dict()
+
+
+def test_a_row_of_a_plain_batch_is_the_single_run_with_its_seed() -> None:
+    made = pipe("autoregressive")
+    ids = [tiny_latent.tokenizer()(p + "<boi>").input_ids for p in PROMPTS]
+    both, _ = made.draw(ids, 5, 1.0, None)
+    for row in range(2):
+        alone, stats = made.draw([ids[row]], 5 + row, 1.0, None)
+        torch.testing.assert_close(alone[0], both[row], atol=1e-3, rtol=1e-3)
+    assert stats.head_calls == 16 * tiny_latent.STEPS and stats.target_calls == 16
+
+
+def test_a_draft_that_is_the_target_is_always_kept() -> None:
+    made = tiny_latent.target()
+    drawn = polyspec.pipeline(
+        "image", target=(*made[:3], made[0]), recipe="reflection", overrides={"length": 3, "window": 1}
+    )
+    stats = drawn("red heart", seed=0, guidance_scale=1.5).stats
+    assert stats.acceptance_rate > 0.97 and stats.target_calls == 4
+
+
+def test_a_window_of_steps_saves_head_calls() -> None:
+    made = tiny_latent.target(denoising_steps=30)[:3]
+    calls = [
+        polyspec.pipeline("image", target=made, recipe="reflection", overrides={"window": w})(
+            "red heart", seed=0
+        ).stats.head_calls
+        for w in (1, 6)
+    ]
+    assert calls[0] == 16 * 30 and calls[1] < calls[0]
+
+
+def test_drafting_stops_where_it_does_not_pay() -> None:
+    policy, stats = Paying(3, draft_cost=0.5, trial=2), LatentStats()
+    policy.begin(type("Run", (), {"target": type("Any", (), {"sampler": range(10)})})())  # type: ignore[arg-type]
+    for _ in range(2):
+        assert policy.next() == 3
+        stats.head_calls, stats.draft_head_calls = stats.head_calls + 11, stats.draft_head_calls + 30
+        policy.observe(3, [1, 1], stats)
+    assert policy.next() == 0
+    assert any(policy.next() or policy.observe(0, [1, 1], stats) for _ in range(8)), "it is tried again"
+
+
+def bad_sampler(**config):
+    return lambda: pipe("reflection", scheduler=config)
+
+
+BAD = {
+    "a deterministic last step": (bad_sampler(variance_type="fixed_small"), ConfigError, "last step is deterministic"),
+    "learned covariances": (bad_sampler(variance_type="learned"), PolyspecError, "one covariance"),
+    "zero steps": (lambda: pipe("autoregressive", denoising_steps=0), ConfigError, "denoising steps"),
+    "covariances that differ": (
+        lambda: pipe("reflection", {"draft_model": tiny_latent.model(1, last_std=0.5)}),
+        InputError,
+        "covariances of draft and target differ",
+    ),
+    "latents of another size": (
+        lambda: pipe("reflection", {"draft_model": tiny_latent.model(1, patch=1)}),
+        InputError,
+        "latents have 4 numbers, the target's 16",
+    ),
+    "another number of steps": (
+        lambda: pipe("cspd", {"draft_model": tiny_latent.model(1, denoising_steps=3)}),
+        InputError,
+        "denoises in 3 steps",
+    ),
+    "a recipe for discrete tokens": (lambda: pipe("sjd"), ConfigError, "is for discrete tokens"),
+    "a discrete target": (
+        lambda: polyspec.pipeline("image", recipe="reflection"),
+        ConfigError,
+        "is for continuous tokens",
+    ),
+    "generate": (lambda: polyspec.custom_generate("reflection"), ConfigError, "models of continuous tokens"),
+    "no draft model": (
+        lambda: polyspec.pipeline("image", target=tiny_latent.target()[:3], recipe="cspd"),
+        ConfigError,
+        "needs draft_model",
+    ),
+    "something else as a draft model": (lambda: LatentDraftModel(3), ConfigError, "model of continuous tokens"),
+    "a window of nothing": (lambda: pipe("reflection", {"window": 0}), ConfigError, "window must be"),
+    "an empty prompt": (lambda: pipe("reflection")(" "), InputError, "prompt is empty"),
+    "no folder of a draft model": (lambda: build(find_recipe("cspd"), {"draft_model": "/no"}), CheckpointError, "/no"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_what_to_change(case: str) -> None:
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def pictures_file(path: Path) -> Path:
+    """Eight pictures in the training file's format."""
+    rows = []
+    for i in range(8):
+        data = io.BytesIO()
+        Image.new("RGB", (64, 64), (30 * i, 100, 255 - 30 * i)).save(data, "PNG")
+        rows.append({"image": {"bytes": data.getvalue()}, "caption": "red heart", "style": "plain", "group": "objects",
+                     "subgroup": "shapes", "split": "train"})  # fmt: skip
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    config = OmegaConf.load(Path(str(polyspec.conf.__file__)).with_name("train") / "image_continuous.yaml")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_size": 16, "head_layers": 1}
+    config.merge_with(
+        {
+            "data": {"path": str(pictures_file(tmp_path / "pictures.parquet"))},
+            "vae": {"budget": {"steps": 2, "minutes": None}, "channels": [8, 8, 8, 8], "batch": 2},
+            "schedule": {"steps": 2, "minutes": None, "batch": 2},
+            "sampler": {"denoising_steps": 3},
+            "target": small,
+            "draft": small,
+            "output": str(tmp_path / "out"),
+            "device": "cpu",
+            "seed": 0,
+        }
+    )
+    config.schedule.seed = 0
+    module, _, function = config.entry.partition(":")
+    train = getattr(import_module(module), function)
+    folder = train(config)
+    first = LatentImageModel.from_pretrained(folder).state_dict()
+    again = LatentImageModel.from_pretrained(train(config)).state_dict()  # the budget is spent: nothing moves
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    made = polyspec.pipeline("image", target=str(folder), device="cpu")
+    result = made("red heart", seed=0)
+    assert made.method.recipe.name == "reflection" and result.outputs[0].size == (64, 64)
+    assert result.stats.draft_calls > 0, "the folder's draft model is taken"
