@@ -87,7 +87,8 @@ def adapted(adapter: ImageAdapter, pool: int = 1) -> View:
 
 def check_adapter(adapter: ImageAdapter | None, model: PreTrainedModel) -> None:
     """InputError unless the adapter leads to the drafter's embeddings."""
-    width = model.get_input_embeddings().weight.shape[-1]
+    table: Any = model.get_input_embeddings().weight
+    width = table.shape[-1]
     if adapter is not None and adapter.config.output_size != width:
         raise InputError(
             f"the image adapter gives embeddings of {adapter.config.output_size}, the drafter's have {width}; train one "

@@ -23,7 +23,7 @@ DRAFTERS: dict[str, type[HeadDrafter[Any]]] = {
 class WindowDrafter:
     """`WindowDrafter(heads)` is the Eagle or DFlash drafter for `heads`, a model or its folder."""
 
-    kind = DFlashModel
+    kind = EagleModel  # of which one is shipped with the image sample
 
     def __new__(cls, heads: HeadModel | str | PathLike[str]) -> Any:
         found = kind_of(heads)

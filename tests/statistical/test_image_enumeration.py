@@ -174,7 +174,7 @@ def the_target_sees_the_picture_of_another_row(patch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize(
     "wrong",
     [
-        the_ensemble_reports_one_drafts_distribution,
+        pytest.param(the_ensemble_reports_one_drafts_distribution, marks=pytest.mark.slow),
         weights_that_favour_the_drawn_token_are_reported,
         the_target_sees_the_picture_of_another_row,
     ],

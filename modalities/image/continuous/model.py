@@ -143,7 +143,8 @@ class LatentImageModel(PreTrainedModel):
         """What a loop needs of this model."""
         from polyspec.modalities.image.continuous.target import LatentTarget
 
-        return LatentTarget(self, guidance_scale)
+        model: Any = self
+        return LatentTarget(model, guidance_scale)
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` of the VAE -> tokens `[B, grid², D]`."""
