@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -27,8 +28,9 @@ class UnsupportedModelError(PolyspecError, TypeError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """A ConfigError for `name`, an unknown `kind`, that lists the nearest of `known` (all of them if none is near)."""
+    """A ConfigError for `name`, an unknown `kind`, that lists the nearest of `known` (if none is near, all or the first of them)."""
     names = sorted(known)
+    listed = textwrap.shorten(", ".join(names), 240, placeholder=f" … ({len(names)} in all)")
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of: {', '.join(names)}"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of: {listed}"
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
