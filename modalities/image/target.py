@@ -169,7 +169,8 @@ class JanusTarget(Adapter):
         return ids + self.vocab_size, mask
 
     def pictures(self, processor: Any, tokens: Tensor) -> list[Image.Image]:
-        return to_images(self.model.decode_image_tokens(tokens).float())
+        # one by one: the same tokens give the same pixels however many pictures are drawn together
+        return [to_images(self.model.decode_image_tokens(row).float())[0] for row in tokens.split(1)]
 
     def generate(
         self, processor: Any, prompts: Sequence[str], size: tuple[int, int] | None = None, **knobs: Any
@@ -260,7 +261,8 @@ class Emu3Target(Adapter):
         return Constraint(sets.to(self.device), kinds.to(self.device))
 
     def pictures(self, processor: Any, tokens: Tensor) -> list[Image.Image]:
-        pixels = self.model.decode_image_tokens(image_tokens=self.ids[tokens], height=self.lines, width=self.columns)
+        size = {"height": self.lines, "width": self.columns}
+        pixels = torch.cat([self.model.decode_image_tokens(image_tokens=t, **size) for t in self.ids[tokens].split(1)])
         return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
 
     def generate(
