@@ -28,7 +28,7 @@ class UnsupportedModelError(PolyspecError, TypeError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """A ConfigError for `name`, an unknown `kind`, that lists the nearest of `known` (if none is near, all or the first of them)."""
+    """A ConfigError for `name`, an unknown `kind`, that lists the nearest of `known`, else the first of them."""
     names = sorted(known)
     listed = textwrap.shorten(", ".join(names), 240, placeholder=f" … ({len(names)} in all)")
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
