@@ -180,8 +180,11 @@ class TokenLayers:
         """`[..]` target ids to `[.., d]`."""
         return self.embedding(tokens)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[.., d]` to logits `[.., V_d]` over the head's vocabulary."""
+    def logits(self, hidden: Tensor, of: Tensor | None = None) -> Tensor:
+        """Hidden states `[.., d]` to logits `[.., V_d]` over the head's vocabulary, or over the target's ids `of [n]`."""
+        if of is not None:
+            bias = self.output.bias
+            return functional.linear(hidden, self.output.weight[of], None if bias is None else bias[of])
         if self.rows is not None:
             return functional.linear(hidden, *self.rows)
         logits = self.output(hidden)[..., : self.vocab_size]

@@ -157,12 +157,17 @@ def distance(features: Tensor, goal: Tensor) -> Tensor:
 
 class DistilObjective:
     """`ce` · cross-entropy + KL(p ‖ q), p the target's distribution, for a separate small draft model (distillation as
-    in DistillSpec, 2310.08461), at random positions of each row."""
+    in DistillSpec, 2310.08461), at random positions of each row.
+
+    rows: the output layers' rows that a step computes, for large vocabularies: half of them those of the tokens that
+    were the most frequent so far, the rest drawn from the others, which they stand for (sampled softmax). None: all.
+    """
 
     last_hidden = True
 
-    def __init__(self, positions: int = 32, ce: float = 0.1):
-        self.positions, self.ce = positions, ce
+    def __init__(self, positions: int = 32, ce: float = 0.1, rows: int | None = None):
+        self.positions, self.ce, self.rows = positions, ce, rows
+        self.counts: Tensor | None = None  # of tokens seen, [V]
 
     def __call__(self, model: PreTrainedModel, layers: TokenLayers, batch: Batch) -> dict[str, Tensor]:
         tokens, last = batch["tokens"], batch["hidden"][-1]
@@ -170,12 +175,36 @@ class DistilObjective:
         assert output is not None
         hidden = decoder(input_ids=tokens[:, :-1]).last_hidden_state
         at = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, self.positions)
-        log_q = output(rows_at(hidden, at)).float().log_softmax(-1)
-        p = layers.logits(rows_at(last, at)).float().softmax(-1)
+        table, goal, label = output.weight, rows_at(last, at), tokens.gather(1, at + 1)
+        share: Tensor | float = 0.0
+        if self.rows is None or self.rows >= len(table):
+            theirs, own = layers.logits(goal), output(rows_at(hidden, at))
+        else:
+            kept, share = self.choose(tokens, label, len(table))
+            theirs, own = layers.logits(goal, kept), functional.linear(rows_at(hidden, at), table[kept])
+            label = torch.searchsorted(kept, label)
+        log_q, p = (own.float() + share).log_softmax(-1), (theirs.float() + share).softmax(-1)
         cross = -(p * log_q).sum(-1).mean()  # KL(p ‖ q) up to p's own entropy
-        hard = functional.nll_loss(log_q.flatten(0, 1), tokens.gather(1, at + 1).flatten())
+        hard = functional.nll_loss(log_q.flatten(0, 1), label.flatten())
         overlap = torch.minimum(p, log_q.exp()).sum(-1).mean()
         return {"loss": cross + self.ce * hard, "ce": hard, "overlap": overlap}
+
+    def choose(self, tokens: Tensor, label: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Ids to compute, ascending `[n]`, and log of how many each stands for. Ids in `label` are among them."""
+        assert self.rows is not None
+        if self.counts is None:
+            self.counts = torch.linspace(1, 0, size, device=tokens.device)  # tokenizers number what is frequent early
+        self.counts.index_add_(0, tokens.flatten(), torch.ones(tokens.numel(), device=tokens.device))
+        certain = torch.zeros(size, dtype=torch.bool, device=tokens.device)
+        certain[self.counts.topk(self.rows // 2).indices] = True
+        certain[label.flatten()] = True
+        others = (~certain).nonzero()[:, 0]
+        drawn = others[torch.randperm(len(others), device=tokens.device)[: max(1, self.rows - size + len(others))]]
+        share = torch.zeros(size, device=tokens.device)
+        share[drawn] = torch.tensor(len(others) / max(len(drawn), 1), device=tokens.device).log()
+        certain[drawn] = True
+        kept = certain.nonzero()[:, 0]
+        return kept, share[kept]
 
 
 def random_positions(low: Tensor, high: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from polyspec.training.objectives import (
     EagleObjective,
     MedusaObjective,
     Objective,
+    random_positions,
 )
 from polyspec.training.trainer import collate
 
@@ -97,6 +99,42 @@ def test_heads_learn_their_target_and_the_output_stays_its_own(recipe: str, tmp_
     after = acceptance(recipe, str(tmp_path / recipe))
     assert before < 0.3
     assert after > 0.5
+
+
+def test_distilling_from_some_rows_gives_about_the_gradient_of_all(tmp_path: Path) -> None:
+    """Rows drawn stand for those not drawn; without that weight they would not, which is the wrong variant."""
+    tgt, model = make_target(target("llama")), tiny_llama(target("llama"), layers=1, hidden_size=32)
+    features = compute_features(tgt, greedy_text(), [2], tmp_path)
+    rows = [{"tokens": greedy_text().row(i), "prompt": len(PROMPTS[i]), "hidden": features.row(i)} for i in range(4)]
+    batch = collate(rows)
+    batch["hidden"] = tuple(h.float() for h in batch["hidden"])
+    table = model.get_output_embeddings()
+    assert table is not None
+
+    def gradient(objective: DistilObjective, times: int = 1) -> torch.Tensor:
+        total = torch.zeros_like(table.weight)
+        for i in range(times):
+            torch.manual_seed(0)  # the same positions
+            at = random_positions(batch["prompts"] - 1, batch["lengths"] - 1, objective.positions)
+            torch.manual_seed(i)
+            with patch("polyspec.training.objectives.random_positions", lambda *_: at):
+                loss = objective(model, TokenLayers(tgt, None), batch)["loss"]
+            (found,) = torch.autograd.grad(loss, [table.weight])
+            total += found / times
+        return total
+
+    def unweighted(self: DistilObjective, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        kept, share = choose(self, *args)
+        return kept, torch.zeros_like(share)
+
+    whole, size = gradient(DistilObjective()), len(table.weight)
+    assert torch.allclose(gradient(DistilObjective(rows=size)), whole)
+    some = DistilObjective(rows=size // 2)
+    right = (gradient(some, 400) - whole).norm() / whole.norm()
+    choose = DistilObjective.choose
+    with patch.object(DistilObjective, "choose", unweighted):
+        wrong = (gradient(some, 400) - whole).norm() / whole.norm()
+    assert 1.5 * right < wrong, (right, wrong)  # a ratio of sums is biased where rows are few
 
 
 @pytest.mark.parametrize("recipe", LEARNERS)
