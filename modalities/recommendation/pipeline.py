@@ -19,6 +19,7 @@ from polyspec.distributions import row_seeds
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.metrics import DecodingStats
 from polyspec.modalities.recommendation.items import Items, masks
+from polyspec.modalities.recommendation.sample import existing_sample, with_titles
 from polyspec.outputs import Result
 from polyspec.target import make_target
 from polyspec.verification import strict_topk
@@ -32,7 +33,7 @@ class Pipeline:
     """Recommends items to users by their histories. See `polyspec.pipeline` for the arguments.
 
     target: a folder with a model, its `items.safetensors` and perhaps a draft model in `draft/`, or (model, Items), or
-    (model, Items, draft model or its folder).
+    (model, Items, draft model or its folder); None: the sample.
     recipe: by default `atspeed_s` where the folder has a draft model or overrides name a drafter, else `autoregressive`,
     plain constrained beam search. `items` may be replaced at any time; a call works with those it began with.
     """
@@ -46,10 +47,8 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ):
-        if target is None:
-            raise ConfigError("no sample recommender comes with polyspec yet; give target=, a folder or (model, Items)")
         given = dict(overrides or {})
-        folder = None if isinstance(target, tuple) else Path(target)
+        folder = None if isinstance(target, tuple) else existing_sample() if target is None else Path(target)
         if folder is not None:
             self.draft = str(folder / DRAFT) if (folder / DRAFT / "config.json").is_file() else None
         else:
@@ -65,7 +64,7 @@ class Pipeline:
                 raise ConfigError(f"target must be a folder or a (transformers model, Items) pair, got {kinds}")
             self.model: Any = model
         else:
-            items = Items.load(folder)
+            items = Items.load(folder) if target is not None else with_titles(Items.load(folder))
             device = device or pipelines.default_device()
             loader = AutoModelForCausalLM.from_pretrained
             self.model = pipelines.load(loader, folder, dtype=pipelines.as_dtype(dtype, device)).to(device).eval()

@@ -38,13 +38,14 @@ BEGIN, FIRST = 1, 2  # token ids: the start of every prompt, and the first that 
 @dataclass(frozen=True, slots=True)
 class ItemsConfig:
     """levels of codes codes each, from dimensions-wide embeddings, before the last digit; the latest max_history items of
-    a history are used."""
+    a history are used. titles: whether the data's titles are stored with the items."""
 
     levels: int = 3
     codes: int = 64
     dimensions: int = 32
     max_history: int = 50
     seed: int = 0
+    titles: bool = True
 
     def __post_init__(self) -> None:
         for name in ("levels", "codes", "dimensions", "max_history"):
@@ -149,7 +150,7 @@ def make_items(found: Interactions, shape: ItemsConfig) -> Items:
         quantiser = ResidualQuantiser.fit(embeddings, shape.levels, shape.codes, seed=shape.seed)
         codes = with_digit(quantiser.encode(embeddings).numpy())
     sizes = (codes.max(0) + 1).tolist()
-    titles = [found.titles.get(i, "") for i in ids] if found.titles else None
+    titles = [found.titles.get(i, "") for i in ids] if found.titles and shape.titles else None
     return Items(ids, as_tokens(codes, sizes, FIRST), titles, prefix=[BEGIN], max_history=shape.max_history)
 
 
