@@ -13,6 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME
+
 from polyspec.errors import CheckpointError, InputError
 from polyspec.pipelines import part_of
 from polyspec.training.data import Corpus, corpus_of, generate_corpus, grow_corpus, load_corpus
@@ -39,7 +44,8 @@ def train(config: Mapping[str, Any]) -> Path:
 
     Keys: modality, target (folder, hub id, None: the modality's sample), output, device, dtype, prompts (None: the
     modality's own), data (what its `own_data` takes, and `folder`), vocabulary (size of the trimmed one, None: all
-    tokens), head, objective, schedule (things to instantiate). Raises ConfigError, InputError or CheckpointError before
+    tokens), start (folder of trained heads of the same shape to go on from, or None), head, objective, schedule (things to
+    instantiate). Raises ConfigError, InputError or CheckpointError before
     anything long starts.
     """
     from hydra.utils import instantiate
@@ -61,6 +67,8 @@ def train(config: Mapping[str, Any]) -> Path:
     size = settings.get("vocabulary")
     vocabulary = corpus.frequent(size, target.vocab_size) if size and size < target.vocab_size else None
     head = instantiate(settings["head"])(target, vocabulary=vocabulary)
+    if start := settings.get("start"):  # trained weights, with the vocabulary they predict
+        begin_from(start, head)
 
     depth = target.config.num_hidden_layers
     read = list(getattr(head.config, "target_layers", None) or ())
@@ -90,6 +98,18 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
     if not found:
         raise InputError(f"{source} holds no prompts")
     return found
+
+
+def begin_from(folder: str | Path, model: nn.Module) -> None:
+    """Give `model` the weights of a checkpoint of the same kind and sizes; CheckpointError if it is another or damaged."""
+    file = Path(folder) / SAFE_WEIGHTS_NAME
+    try:
+        load_model(model, str(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(
+            f"cannot start from {file} ({reason}); give a folder with heads of the kind and sizes that are to be trained"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -303,6 +303,12 @@ def test_the_whole_way_from_a_configuration(tmp_path: Path) -> None:
     assert train(settings) == tmp_path / "heads"
     heads = MedusaModel.from_pretrained(tmp_path / "heads")
     assert heads.config.vocab_size <= 20
+    steps = {**settings["schedule"], "steps": 1, "learning_rate": 1e-9}  # go on from there, hardly a step
+    train({**settings, "output": str(tmp_path / "more"), "start": str(tmp_path / "heads"), "schedule": steps})
+    for a, b in zip(heads.parameters(), MedusaModel.from_pretrained(tmp_path / "more").parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    with pytest.raises(polyspec.CheckpointError, match="cannot start from"):
+        train({**settings, "output": str(tmp_path / "wider"), "start": str(tmp_path / "heads"), "vocabulary": 12})
     with pytest.raises(polyspec.ConfigError, match="modality"):
         train({**settings, "modality": "music"})
     with pytest.raises(polyspec.CheckpointError, match="no head for image tokens"):
