@@ -216,7 +216,6 @@ WRONG = {
     "a word denied": (lambda: pipe()([1], deny="1"), InputError, "deny must hold"),
     "filters for other rows": (lambda: pipe()([[1], [4]], deny=[[1]]), InputError, "1 sets for 2"),
     "seeds for other rows": (lambda: pipe()([[1], [4]], seed=[1]), ConfigError, "seed has 1"),
-    "no target": (lambda: polyspec.pipeline("recommendation"), ConfigError, "target="),
     "a target without items": (
         lambda: polyspec.pipeline("recommendation", target=(target(LLAMA), [1, 2])),
         ConfigError,
