@@ -39,8 +39,9 @@ def generate(config: DictConfig) -> None:
         "seed": config.seed,
     }
     takes = inspect.signature(pipe.__call__).parameters
-    if unused := [name for name in arguments if name not in takes]:
+    if unused := [name for name, value in arguments.items() if name not in takes and value is not None]:
         raise ConfigError(f"{unused[0]} does not apply to {config.modality.name}; leave it out")
+    arguments = {name: value for name, value in arguments.items() if name in takes}
     plain = None
     if config.compare:
         baseline = make_pipeline(config, "autoregressive")
