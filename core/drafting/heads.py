@@ -258,10 +258,11 @@ class HeadDrafter(Generic[M]):
         positions, none = s.positions(logits.shape[1]), s.tail(1)[:, :0]
         if processing.history_free:
             scores = processing.scores(logits, s, none)
-            return Draft(draws.draw(scores, positions), draws.draft_probs(scores))
+            return Draft(*draws.draft(scores, positions))
         tokens, probs = none, []
         for i in range(logits.shape[1]):  # what a position may hold depends on what was drawn before it
             scores = processing.scores(logits[:, i : i + 1], s, tokens, first=i)
-            tokens = torch.cat([tokens, draws.draw(scores, positions[:, i : i + 1])], dim=1)
-            probs.append(draws.draft_probs(scores))
+            token, q = draws.draft(scores, positions[:, i : i + 1])
+            tokens = torch.cat([tokens, token], dim=1)
+            probs.append(q)
         return Draft(tokens, None if probs[0] is None else torch.cat(probs, dim=1))
