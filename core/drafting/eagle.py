@@ -99,7 +99,9 @@ class LeanEagle:
         )
         self.turns = Turns(model.config, model.fc.weight.device)
 
-    def __call__(self, embedded: Tensor, features: Tensor, turns: Tensor, mask: Tensor | None, cache: RaggedCache) -> Tensor:
+    def __call__(
+        self, embedded: Tensor, features: Tensor, turns: Tensor, mask: Tensor | None, cache: RaggedCache
+    ) -> Tensor:
         x = self.fc(torch.cat([embedded, features], dim=-1))
         return self.layer(x.float(), turns, mask, cache).to(self.dtype)
 
@@ -144,13 +146,12 @@ class Eagle(HeadDrafter[EagleModel]):
     def step(self, tokens: Tensor, features: Tensor, tree: Tree | None = None) -> Tensor:
         """T entries `[S, T]` behind those in the cache, to their predicted features `[S, T, d]`; with a tree, its last
         T nodes. The entry of the last committed token is the tree's root."""
-        end, mask = self.cache.longest + tokens.shape[1], None
-        turns = self.lean.turns.upto(end)
-        if tokens.shape[1] == 1 and tree is None and self.cache.uniform:
-            turns = turns[end - 1 :][:1]  # sees everything
+        width = tokens.shape[1]
+        if width == 1 and tree is None and self.cache.uniform:
+            turns, mask = self.lean.turns.behind(self.cache, 1), None
         else:
-            at = self.cache.layout(tokens.shape[1], tree, tokens.device)
-            turns, mask = turns[at.base + at.depth], at.visible[:, None]
+            at = self.cache.layout(width, tree, tokens.device)
+            turns, mask = self.lean.turns.upto(self.cache.longest + width)[at.base + at.depth], at.visible[:, None]
         return self.lean(self.layers.embed(tokens), features, turns, mask, self.cache)
 
     def root(self) -> Tensor:

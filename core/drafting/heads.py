@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, PreTrainedModel
 
 from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.lean import Frozen, derived, rows_of
 from polyspec.errors import CheckpointError, ConfigError, UnsupportedModelError
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
@@ -171,10 +172,9 @@ class TokenLayers:
             raise UnsupportedModelError(f"{type(target.model).__name__} has no output layer that heads could share")
         self.output: Any = output
         self.vocab_map, self.vocab_size, self.dtype = vocab_map, target.vocab_size, target.model.dtype
-        self.rows: tuple[Tensor, Tensor | None] | None = None
-        if vocab_map is not None and isinstance(self.output, nn.Linear):
-            bias = self.output.bias
-            self.rows = self.output.weight.detach()[vocab_map], None if bias is None else bias.detach()[vocab_map]
+        self.rows: Frozen | None = None
+        if vocab_map is not None and isinstance(output, nn.Linear):
+            self.rows = derived(output, "rows", lambda: Frozen(rows_of(output, vocab_map)), vocab_map)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[..]` target ids to `[.., d]`."""
@@ -183,7 +183,7 @@ class TokenLayers:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[.., d]` to logits `[.., V_d]` over the head's vocabulary."""
         if self.rows is not None:
-            return functional.linear(hidden, *self.rows)
+            return self.rows(hidden)
         logits = self.output(hidden)[..., : self.vocab_size]
         return logits if self.vocab_map is None else logits[..., self.vocab_map]
 

@@ -33,11 +33,12 @@ Linear = Callable[[Tensor], Tensor]
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
-def derived(module: nn.Module, name: str, make: Callable[[], T]) -> T:
-    """`make()`, something computed from the weights of `module`, which is kept until one of them changes.
+def derived(module: nn.Module, name: str, make: Callable[[], T], *others: Tensor) -> T:
+    """`make()`, something computed from the weights of `module` and from `others`, kept until one of them changes.
 
     It must not refer to `module` itself, or neither is ever freed."""
-    state = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in module.parameters()]
+    sources = (*module.parameters(), *others)
+    state = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in sources]
     found = _DERIVED.setdefault(module, {})
     if name not in found or found[name][0] != state:
         found[name] = state, make()
@@ -51,6 +52,32 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
         ready = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, ready, bias, "none", [], "")
     return lambda x: functional.linear(x, weight, bias)
+
+
+def rows_of(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    """Some outputs of a linear layer, its rows `[n]`, as a layer of their own (a copy)."""
+    weight = layer.weight.detach()[rows]
+    chosen = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+    chosen.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        chosen.bias = nn.Parameter(layer.bias.detach()[rows], requires_grad=False)
+    return chosen
+
+
+class Frozen:
+    """Linear layers and what lies between them, one after the other, whose weights no longer change. Gradients reach the
+    input where it asks for them."""
+
+    def __init__(self, *stages: nn.Module):
+        self.stages = stages
+        self.ready = [linear(s.weight, s.bias) if isinstance(s, nn.Linear) else s for s in stages]
+        self.dtype = next(s.weight.dtype for s in stages if isinstance(s, nn.Linear))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        plain = x.requires_grad or x.dtype != self.dtype  # in training, under autocast too
+        for stage in self.stages if plain else self.ready:
+            x = stage(x)
+        return x
 
 
 def lays_out() -> bool:
@@ -79,7 +106,7 @@ class Interleaved:
 
 
 def gain(norm: Any) -> Tensor:
-    """γ √d of an RMSNorm, what `Lean.normed` leaves out."""
+    """γ √d of an RMSNorm, what `unit` leaves out."""
     return norm.weight.detach().float() * norm.weight.numel() ** 0.5
 
 
@@ -109,18 +136,26 @@ class Turns:
             self.table = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
         return self.table
 
+    def behind(self, cache: RaggedCache, count: int) -> Tensor:
+        """Of the next `count` tokens behind those kept of every row, `[T, 1, D/2]` or `[S, T, 1, D/2]`."""
+        table = self.upto(cache.longest + count)
+        if cache.uniform:
+            return table[cache.longest : cache.longest + count]
+        start = torch.tensor(cache.lengths, device=self.device)[:, None]
+        return table[start + torch.arange(count, device=self.device)]
+
 
 class LeanLayer:
     """A Llama decoder layer from its parts; `config` gives its heads, `index` its place in the cache."""
 
     def __init__(self, attention: Any, mlp: Any, norms: tuple[Any, Any], config: Any, index: int = 0):
         weight = attention.q_proj.weight
-        self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.dim, self.index, self.dtype = weight.shape[0] // self.heads, index, weight.dtype
         self.inner = torch.float32 if weight.device.type == "cpu" else weight.dtype
         before, behind = (gain(norm) for norm in norms)
-        turned = [Interleaved(p, self.dim) for p in (attention.q_proj, attention.k_proj)]
-        self.qkv = stacked([*turned, attention.v_proj], before)
+        queries, keys = (Interleaved(p, self.dim) for p in (attention.q_proj, attention.k_proj))
+        self.qkv = stacked([queries, keys, attention.v_proj], before)
         self.out = stacked([attention.o_proj])
         self.gate_up = stacked([mlp.gate_proj, mlp.up_proj], behind)
         self.down, self.act = stacked([mlp.down_proj]), mlp.act_fn
