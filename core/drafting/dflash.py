@@ -231,15 +231,19 @@ class DFlash(HeadDrafter[DFlashModel]):
         # nothing is known before a first token
         self.last = take(functional.pad(context, (0, 0, 1, 0)), torch.tensor(kept, device=context.device))
 
+    def positions(self, width: int) -> Tensor:
+        """Of the `width` tokens behind each stream's kept ones `[S, width]`."""
+        start = torch.tensor(self.cache.lengths, device=self.target.device)[:, None]
+        return start + torch.arange(width, device=self.target.device)
+
     def block(self, count: int) -> Tensor:
         """Logits `[B, count, V]` of the next positions, at most `block - 1` of them."""
         pending = self.streams(self.sequences.tail(1)[:, 0])
         block = self.lean.queries(self.layers.embed(pending), self.last)
         mask, width = None, block.shape[1]
         if not self.cache.uniform:
-            ends = torch.tensor(self.cache.lengths, device=block.device)[:, None] + width
             slots = torch.arange(self.cache.longest + width, device=block.device)
-            mask = (slots < ends)[:, None, None, :]
+            mask = (slots <= self.positions(width)[:, -1:])[:, None, None, :]
         out = self.lean(block, mask, self.cache)
         self.context.stats.draft_calls += 1
         return self.logits(out[:, 1 : count + 1])

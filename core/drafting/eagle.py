@@ -100,10 +100,16 @@ class LeanEagle:
         self.turns = Turns(model.config, model.fc.weight.device)
 
     def __call__(
-        self, embedded: Tensor, features: Tensor, turns: Tensor, mask: Tensor | None, cache: RaggedCache
+        self,
+        embedded: Tensor,
+        features: Tensor,
+        turns: Tensor,
+        mask: Tensor | None,
+        cache: RaggedCache,
+        last: bool = False,
     ) -> Tensor:
         x = self.fc(torch.cat([embedded, features], dim=-1))
-        return self.layer(x.float(), turns, mask, cache).to(self.dtype)
+        return self.layer(x.float(), turns, mask, cache, last).to(self.dtype)
 
 
 class Eagle(HeadDrafter[EagleModel]):
@@ -137,11 +143,16 @@ class Eagle(HeadDrafter[EagleModel]):
     def catch_up(self, tokens: Tensor, hidden: tuple[Tensor, ...]) -> None:
         """Entries (f_i, x_{i+1}) from the target's hidden states `[S, T, d]` and the tokens that followed `[S, T]`; as
         many as the target kept stay, and the last one's prediction is where drafting starts."""
-        before = self.cache.lengths
-        out = self.step(tokens, self.model.features(hidden))
-        self.cache.rollback(self.target.cache_lengths)
-        last = [new - old - 1 for new, old in zip(self.cache.lengths, before, strict=True)]
-        self.predicted = take(out, torch.tensor(last, device=out.device))[:, None]
+        kept, width = self.target.cache_lengths, tokens.shape[1]
+        last = [new - old - 1 for new, old in zip(kept, self.cache.lengths, strict=True)]
+        features = self.model.features(hidden)
+        if self.cache.uniform and min(last) == width - 1:
+            # the last entry sees all others, and only its prediction is asked for
+            turns = self.lean.turns.behind(self.cache, width)
+            self.predicted = self.lean(self.layers.embed(tokens), features, turns, None, self.cache, last=True)
+        else:
+            self.predicted = take(self.step(tokens, features), torch.tensor(last, device=tokens.device))[:, None]
+        self.cache.rollback(kept)
 
     def step(self, tokens: Tensor, features: Tensor, tree: Tree | None = None) -> Tensor:
         """T entries `[S, T]` behind those in the cache, to their predicted features `[S, T, d]`; with a tree, its last

@@ -224,9 +224,11 @@ class HeadDrafter(Generic[M]):
         """Start a run: the heads move to the target's device and dtype, and share its token layers."""
         self.check(context.target)
         target = context.target
-        self.model.to(device=target.device, dtype=target.model.dtype)  # type: ignore[call-overload]
+        if (self.model.device, self.model.dtype) != (target.device, target.model.dtype):
+            self.model.to(device=target.device, dtype=target.model.dtype)  # type: ignore[call-overload]
         self.context, self.target, self.sequences = context, target, context.sequences
-        context.stats.draft_ratio = self.model.num_parameters() / target.model.num_parameters()
+        ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (self.model, target.model))
+        context.stats.draft_ratio = ours / theirs
         self.layers = TokenLayers(target, self.model.vocab_map)
 
     def prompt_hidden(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:

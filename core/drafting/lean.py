@@ -173,14 +173,16 @@ class LeanLayer:
         """Values `[S, T, H·D]` as `[S, H, T, D]`."""
         return projected.to(self.inner).unflatten(-1, (-1, self.dim)).transpose(1, 2)
 
-    def __call__(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: RaggedCache) -> Tensor:
+    def __call__(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: RaggedCache, last: bool = False) -> Tensor:
         """`x [S, T, d]` float32 to the same, its keys and values written to `cache`; turns `[.., T, 1, D/2]`; mask
-        `[S or 1, 1, T or 1, K]`, True = visible, None = everything."""
+        `[S or 1, 1, T or 1, K]`, True = visible, None = everything. last: of the T only what the last becomes."""
         both, values = self.qkv(self.normed(x)).split(
             [(self.heads + self.shared) * self.dim, self.shared * self.dim], dim=-1
         )
         queries, keys = self.heads_of(both, turns).split([self.heads, self.shared], dim=1)
         k, v = cache.update(keys, self.values_of(values), self.index)
+        if last:
+            x, queries = x[:, -1:], queries[:, :, -1:]
         # a group's query heads as more rows of one key-value head, so that the cache is never copied
         groups, shape = self.heads // self.shared, queries.shape
         rows = queries.reshape(shape[0], self.shared, -1, self.dim)

@@ -66,6 +66,19 @@ def eagle_pair(model: EagleModel, lengths: list[int]) -> tuple[Tensor, Tensor]:
     return whole.gather(1, at[..., None].expand(-1, -1, WIDTH)), out
 
 
+@torch.no_grad()
+def test_the_last_entry_alone_is_what_it_is_among_all() -> None:
+    ready, order = LeanEagle(eagle()), torch.arange(6)
+    embedded, features = torch.randn(2, ROWS, 6, WIDTH)
+    causal = (order <= order[:, None])[None, None]
+    caches = RaggedCache(ROWS, 8), RaggedCache(ROWS, 8)
+    every = ready(embedded, features, ready.turns.upto(6)[:6], causal, caches[0])
+    alone = ready(embedded, features, ready.turns.upto(6)[:6], None, caches[1], last=True)
+    torch.testing.assert_close(alone, every[:, -1:])
+    for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+        torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values))
+
+
 def block_pair(model: DFlashModel) -> tuple[Tensor, Tensor]:
     """A block behind rows of 5 and 3 committed tokens, by the model's methods and by the made-ready ones."""
     generator = torch.Generator().manual_seed(2)
@@ -86,7 +99,10 @@ def block_pair(model: DFlashModel) -> tuple[Tensor, Tensor]:
 
     ready, cache = LeanDFlash(model), RaggedCache(ROWS, 4)
     theirs = ready.context(hidden)
-    ready.remember(theirs, cache)
+    ready.remember(theirs[:, :3], cache)  # in two rounds, of which the first keeps less of the first row
+    cache.rollback([2, 3])
+    columns = (torch.tensor(cache.lengths)[:, None] + torch.arange(3)).clamp(max=4)
+    ready.remember(theirs.gather(1, columns[..., None].expand(-1, -1, theirs.shape[2])), cache)
     cache.rollback(lengths.tolist())
     visible = (torch.arange(5 + BLOCK) < lengths[:, None] + BLOCK)[:, None, None, :]
     last = theirs[torch.arange(ROWS), lengths - 1]
