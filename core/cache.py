@@ -121,6 +121,14 @@ class RaggedCache(Cache):
         self.longest = max(self.lengths)
         self.uniform = min(self.lengths) == self.longest
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write one layer's `[S, H, T, D]` behind each row's kept tokens; return views over all slots in use."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RaggedLayer(self))
+        return self.layers[layer_idx].update(key_states, value_states)
+
     def slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row `[S, 1]` and slot `[S, new]` indices of the next `new` tokens; made once a forward, not once a layer."""
         key = (tuple(self.lengths), new)

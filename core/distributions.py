@@ -129,6 +129,10 @@ class Draws(Protocol):
         """The distribution a drafter's `draw` came from, to hand to the rule; None if the draw was deterministic."""
         ...
 
+    def draft(self, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`draw` and `draft_probs` together."""
+        return self.draw(scores, positions), self.draft_probs(scores)
+
     def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Scores `[B, T, V]` by which a drafter that offers several candidates should rank them."""
         ...
@@ -196,7 +200,7 @@ class SharedNoise:
         return self.noise[torch.arange(rows)[:, None], slot]
 
 
-class Greedy:
+class Greedy(Draws):
     """Temperature 0: the highest score; the rule's greedy form checks drafts."""
 
     fixed_rounds = False
@@ -231,7 +235,7 @@ class Greedy:
         return follow(draft, self.draw(scores, positions))
 
 
-class Independent:
+class Independent(Draws):
     """Fresh randomness for every draw, from one torch.Generator: drafts are checked by the recipe's rule.
 
     seeds `[B]`: for rules that share Gumbel noise between rounds (SCD-GS). fixed_rounds: a seed was given."""
@@ -243,6 +247,10 @@ class Independent:
 
     def draw(self, scores: Tensor, positions: Tensor) -> Tensor:
         return sample(scores.softmax(-1), generator=self.generator)
+
+    def draft(self, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        q = scores.softmax(-1)
+        return sample(q, generator=self.generator), q
 
     def outlook(self, scores: Tensor, positions: Tensor) -> Tensor:
         return scores
@@ -289,7 +297,7 @@ class Independent:
         return rule(draft.tokens, tree.parents, draft.probs, p, **bounds, generator=self.generator)
 
 
-class Coupled:
+class Coupled(Draws):
     """Gumbel noise fixed by (row seed, position, token): drafter and target share it, and a draft is right if it is
     what the target draws with the same noise. The output is the plain loop's, token for token."""
 

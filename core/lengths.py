@@ -179,7 +179,7 @@ _COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], di
 )
 SIZES = (1, 2, 3, 5, 9, 17, 33)
 NOMINAL_CALL = 0.03  # what one more token adds to a target call, in calls of one token
-NOMINAL_DRAFT = 0.1  # what drafting a token costs
+NOMINAL_DRAFT = 0.1  # what a drafter's call costs
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
 TRIES = 0.02  # of the time may go into them
 
@@ -208,6 +208,11 @@ def call_costs(context: Context, most: int) -> dict[int, float]:
     return known
 
 
+def counts(stats: DecodingStats) -> tuple[float, ...]:
+    """What `Auto` takes the difference of round by round."""
+    return stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls, stats.draft_calls
+
+
 class Auto(Fixed):
     """Picks the length that yields most tokens for the time, zero included.
 
@@ -220,7 +225,8 @@ class Auto(Fixed):
     intervals that double, and so seldom that it costs 2 % of the time at most.
 
     Where the output depends on how rounds are cut and a seed was given, so that it has to come out the same again, costs
-    are the nominal ones (`NOMINAL_CALL`, `NOMINAL_DRAFT`) and nothing is carried over from earlier runs.
+    are the nominal ones (`NOMINAL_CALL`, and `NOMINAL_DRAFT` for each of the drafter's calls, which are counted as it runs:
+    one a token, one a block, or none) and nothing is carried over from earlier runs.
     """
 
     def __init__(self, length: int = 16, decay: float = 0.98):
@@ -229,7 +235,7 @@ class Auto(Fixed):
             raise ConfigError(f"decay must lie in (0, 1], got {decay!r}")
         self.decay = decay
         self.kept, self.tried = np.zeros(self.length), np.zeros(self.length)
-        self.draft = np.zeros(5)  # discounted sums of 1, n, n², cost, n·cost over rounds with a draft
+        self.draft = np.zeros(6)  # discounted sums of 1, n, n², cost, n·cost and slope over rounds with a draft
         self.scored = np.zeros(self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
         self.wait = np.full(1, SHORTEST_WAIT)  # rounds between two tries while zero wins
 
@@ -245,12 +251,11 @@ class Auto(Fixed):
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft):
                 learnt *= trust
-        self.before = (0.0, 0.0, 0, 0)
+        self.before = (0.0, 0.0, 0, 0, 0)
         self.pause = int(self.wait[0]) if self.tried.any() else 0
 
     def next(self) -> int:
-        stats = self.context.stats
-        self.before = (stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls)
+        self.before = counts(self.context.stats)
         if self.costs is None:
             self.costs = call_costs(self.context, self.length + 1)
         count = np.arange(self.length + 1)
@@ -291,13 +296,12 @@ class Auto(Fixed):
 
     def draft_cost(self, count: np.ndarray) -> np.ndarray:
         """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
-        if self.nominal:
-            return NOMINAL_DRAFT * count
-        weight, n, nn, cost, n_cost = self.draft
+        weight, n, nn, cost, n_cost, own = self.draft
         if weight == 0:
-            return np.zeros(len(count))
-        # a little of the data's own proportional line keeps the slope where all drafts had one length
-        slope = (n_cost - n * cost / weight + 0.1 * cost * n / weight) / (nn - n * n / weight + 0.1 * n * n / weight)
+            return NOMINAL_DRAFT * count if self.nominal else np.zeros(len(count))
+        # a little of the slope that the drafter's calls tell keeps it where all drafts had one length
+        square = n * n / weight
+        slope = (n_cost - n * cost / weight + 0.1 * square * own / weight) / (nn - square + 0.1 * square)
         slope = min(max(slope, 0.0), cost / n)
         return np.maximum(cost / weight + slope * (count - n / weight), 0.0)
 
@@ -306,13 +310,18 @@ class Auto(Fixed):
         reach = min(proposed, self.length)
         if not reach or self.costs is None or not len(accepted):
             return
-        now = (stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls)
-        drafting, scoring, scored, calls = (new - old for new, old in zip(now, self.before, strict=True))
-        scored = scored / calls if calls else float(reach)
+        drafting, scoring, scored, rows, drafted = (
+            new - old for new, old in zip(counts(stats), self.before, strict=True)
+        )
+        scored = scored / rows if rows else float(reach)
         self.scored[reach] = scored
-        cost = drafting / max(scoring, 1e-9) * float(self.call_cost(np.array([1.0 + scored]))[0])
+        cost = NOMINAL_DRAFT * drafted
+        if not self.nominal:
+            cost = drafting / max(scoring, 1e-9) * float(self.call_cost(np.array([1.0 + scored]))[0])
         self.draft *= self.decay
-        self.draft += [1.0, reach, reach**2, cost, reach * cost]
+        # every call costs the same, and the first token takes one: none of a block's costs more than the first
+        slope = cost / drafted * (drafted - 1) / (reach - 1) if drafted and reach > 1 else cost / reach
+        self.draft += [1.0, reach, reach**2, cost, reach * cost, slope]
         position = np.arange(reach)[:, None]
         self.kept *= self.decay
         self.tried *= self.decay

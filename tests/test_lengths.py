@@ -25,10 +25,11 @@ def rounds(
     call: float = 0.03,
     draft: float = 0.1,
     fixed_rounds: bool = False,
+    calls: Any = lambda proposed: proposed,
     monkeypatch: pytest.MonkeyPatch | None = None,
 ) -> list[int]:
     """Lengths chosen over `count` rounds, where `kept(proposed)` drafts are kept, a target call on n tokens costs
-    `1 + call * (n - 1)` seconds and drafting a token `draft` seconds."""
+    `1 + call * (n - 1)` seconds and drafting a token `draft` seconds, in `calls(proposed)` calls of the drafter."""
     stats = DecodingStats()
     context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=fixed_rounds))
     if monkeypatch is not None:
@@ -40,6 +41,7 @@ def rounds(
         proposed = policy.next()
         chosen.append(proposed)
         stats.draft_seconds += draft * proposed
+        stats.draft_calls += calls(proposed)
         stats.target_seconds += 1 + call * proposed
         gained = [kept(proposed) + 1]
         stats.record(proposed, gained)
@@ -79,6 +81,20 @@ def test_auto_finds_the_length_that_pays(monkeypatch: pytest.MonkeyPatch) -> Non
     """Three tokens are always right, the fourth never: 4 tokens for 1 + 3·(0.1 + 0.2) is the best there is."""
     chosen = rounds(Auto(16), lambda n: min(n, 3), 300, call=0.1, draft=0.2, monkeypatch=monkeypatch)
     assert np.mean([n == 3 for n in chosen[150:]]) > 0.9
+
+
+def test_auto_counts_a_drafters_calls_where_it_must_not_time_them() -> None:
+    """Every second draft is right. A token a call: 2 tokens yield 1.75 for 1 + 2·(0.03 + 0.1), the best there is; a block a
+    call: 3 tokens 1.88 for 1.1 + 3·0.03, and 4 no less for theirs."""
+    means = []
+    for calls in (lambda n: n, lambda n: int(n > 0)):
+        coin = np.random.default_rng(0)
+
+        def half(proposed: int, coin: np.random.Generator = coin) -> int:
+            return min(proposed, int(coin.geometric(0.5)) - 1)
+
+        means.append(np.mean(rounds(Auto(16, decay=1.0), half, 1200, fixed_rounds=True, calls=calls)[600:]))
+    assert 1.5 < means[0] < 2.5 < means[1] < 4.6
 
 
 def test_auto_gives_up_a_good_drafter_that_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,15 @@ class Chain:
                 gained = sequences.commit(draft.tokens, verdict, scores.amax(-1))
                 target.rollback(sequences.cached, sequences.running)
             with stats.timed("draft"):
-                drafter.observe(output.hidden, verdict.accepted)
+                drafter.observe(*of_gained(output.hidden, verdict.accepted, gained))
             stats.record(draft.tokens.shape[1], gained)
             context.length.observe(draft.tokens.shape[1], gained, stats)
+
+
+def of_gained(hidden: tuple[Tensor, ...], accepted: Tensor, gained: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What a drafter needs to see of a round: the part that may have been committed."""
+    width = max(gained)
+    return tuple(h[:, :width] for h in hidden), accepted.clamp(max=width - 1)
 
 
 def no_draft(sequences: Sequences) -> Draft:

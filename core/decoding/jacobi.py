@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from polyspec.decoding.chain import fewest
+from polyspec.decoding.chain import fewest, of_gained
 from polyspec.drafting.base import Context, Draft, Drafter, NoDraft
 from polyspec.errors import ConfigError, unknown
 from polyspec.target import Target
@@ -105,12 +105,6 @@ INITIALISATIONS: dict[str, type[Initialisation]] = {
     "random": RandomTokens,
     "drafter": FromDrafter,
 }
-
-
-def of_gained(hidden: tuple[Tensor, ...], accepted: Tensor, gained: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What a drafter needs to see of a window: the part that may have been committed."""
-    width = max(gained)
-    return tuple(h[:, :width] for h in hidden), accepted.clamp(max=width - 1)
 
 
 class Jacobi:

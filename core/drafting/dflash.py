@@ -22,7 +22,7 @@ attention; it costs one matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from transformers.models.llama.modeling_llama import (
 from polyspec.cache import RaggedCache
 from polyspec.drafting.base import Context, Draft
 from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
+from polyspec.drafting.lean import Interleaved, LeanLayer, Turns, derived, floor, gain, stacked, unit
 from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError
 from polyspec.target import Target
@@ -164,6 +165,51 @@ def spread_layers(depth: int, count: int) -> list[int]:
     return sorted({round(low + i * (high - low) / (count - 1)) for i in range(count)})
 
 
+class LeanDFlash:
+    """A DFlashModel made ready for drafting: what its methods of the same names give, but for rounding."""
+
+    def __init__(self, model: DFlashModel):
+        config, fuse, layers = model.config, model.fuse.weight, [cast(BlockLayer, layer) for layer in model.layers]
+        device, self.dtype, self.masks = fuse.device, fuse.dtype, config.block - 1
+        count = len(config.target_layers or ())
+        theirs, ours = fuse.shape[1] // count, fuse.shape[0]
+        self.fuse = stacked([model.fuse], torch.full((fuse.shape[1],), theirs**0.5, device=device))
+        self.fuse_gain, self.gain = gain(model.fuse_norm), gain(model.norm)
+        self.even = floor(theirs, torch.finfo(torch.float32).eps, device)
+        self.floor = floor(ours, config.rms_norm_eps, device)
+        self.layers = [
+            LeanLayer(layer, layer.mlp, (layer.attention_norm, layer.mlp_norm), config, i)
+            for i, layer in enumerate(layers)
+        ]
+        self.known = stacked([p for layer in layers for p in (Interleaved(layer.k_proj, layer.dim), layer.v_proj)])
+        self.mask = model.mask.weight.detach().float()
+        self.bridge = None if model.bridge is None else stacked([model.bridge])
+        self.narrow, self.widen = (stacked([p]) if isinstance(p, nn.Linear) else p for p in (model.narrow, model.widen))
+        self.turns = Turns(config, device)
+
+    def context(self, hidden: tuple[Tensor, ...]) -> Tensor:
+        even = torch.cat([unit(h.float(), self.even) for h in hidden], dim=-1)
+        return (unit(self.fuse(even.to(self.dtype)).float(), self.floor) * self.fuse_gain).to(self.dtype)
+
+    def remember(self, context: Tensor, cache: RaggedCache) -> None:
+        """Keys and values of committed tokens' `context [S, T, d]` into every layer of `cache`."""
+        turns = self.turns.behind(cache, context.shape[1])
+        for layer, part in zip(self.layers, self.known(context).chunk(len(self.layers), dim=-1), strict=True):
+            keys, values = part.chunk(2, dim=-1)
+            cache.update(layer.heads_of(keys, turns), layer.values_of(values), layer.index)
+
+    def queries(self, embedded: Tensor, last: Tensor) -> Tensor:
+        first = self.narrow(embedded)
+        x = torch.cat([first[:, None].float(), self.mask.expand(len(first), self.masks, -1)], dim=1)
+        return x if self.bridge is None else x + self.bridge(torch.cat([first, last], dim=-1))[:, None]
+
+    def __call__(self, x: Tensor, mask: Tensor | None, cache: RaggedCache) -> Tensor:
+        turns = self.turns.behind(cache, x.shape[1])
+        for layer in self.layers:
+            x = layer(x, turns, mask, cache)
+        return self.widen((unit(x, self.floor) * self.gain).to(self.dtype))
+
+
 class DFlash(HeadDrafter[DFlashModel]):
     """Drafts at most `block - 1` tokens in one pass of `heads`, a DFlashModel or its folder."""
 
@@ -171,34 +217,34 @@ class DFlash(HeadDrafter[DFlashModel]):
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.bind(context)
+        self.lean = derived(self.model, "lean", lambda: LeanDFlash(self.model))
         lengths = self.target.cache_lengths
         self.cache = RaggedCache(len(lengths), context.sequences.limit + self.model.config.block)
         self.remember(self.prompt_hidden(hidden))
 
     def remember(self, hidden: tuple[Tensor, ...]) -> None:
         """Put hidden states `[S, T, d_t]` behind each row's tokens, and keep as many as the target kept."""
-        before, context = self.cache.lengths, self.model.context(hidden)
-        for layer, (k, v) in enumerate(self.model.keys_values(context, self.positions(context.shape[1]))):
-            self.cache.update(k, v, layer)
+        before, context = self.cache.lengths, self.lean.context(hidden)
+        self.lean.remember(context, self.cache)
         self.cache.rollback(self.target.cache_lengths)
         kept = [new - old for new, old in zip(self.cache.lengths, before, strict=True)]
         # nothing is known before a first token
         self.last = take(functional.pad(context, (0, 0, 1, 0)), torch.tensor(kept, device=context.device))
 
     def positions(self, width: int) -> Tensor:
+        """Of the `width` tokens behind each stream's kept ones `[S, width]`."""
         start = torch.tensor(self.cache.lengths, device=self.target.device)[:, None]
         return start + torch.arange(width, device=self.target.device)
 
     def block(self, count: int) -> Tensor:
         """Logits `[B, count, V]` of the next positions, at most `block - 1` of them."""
         pending = self.streams(self.sequences.tail(1)[:, 0])
-        block = self.model.queries(self.layers.embed(pending), self.last)
-        positions = self.positions(block.shape[1])
-        mask = None
+        block = self.lean.queries(self.layers.embed(pending), self.last)
+        mask, width = None, block.shape[1]
         if not self.cache.uniform:
-            slots = torch.arange(self.cache.longest + block.shape[1], device=positions.device)
-            mask = (slots <= positions[:, -1:])[:, None, None, :]
-        out = self.model(block, positions, mask, self.cache.update)
+            slots = torch.arange(self.cache.longest + width, device=block.device)
+            mask = (slots <= self.positions(width)[:, -1:])[:, None, None, :]
+        out = self.lean(block, mask, self.cache)
         self.context.stats.draft_calls += 1
         return self.logits(out[:, 1 : count + 1])
 

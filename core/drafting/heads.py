@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, PreTrainedModel
 
 from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.lean import Frozen, derived, rows_of
 from polyspec.errors import CheckpointError, ConfigError, UnsupportedModelError
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
@@ -171,10 +172,9 @@ class TokenLayers:
             raise UnsupportedModelError(f"{type(target.model).__name__} has no output layer that heads could share")
         self.output: Any = output
         self.vocab_map, self.vocab_size, self.dtype = vocab_map, target.vocab_size, target.model.dtype
-        self.rows: tuple[Tensor, Tensor | None] | None = None
-        if vocab_map is not None and isinstance(self.output, nn.Linear):
-            bias = self.output.bias
-            self.rows = self.output.weight.detach()[vocab_map], None if bias is None else bias.detach()[vocab_map]
+        self.rows: Frozen | None = None
+        if vocab_map is not None and isinstance(output, nn.Linear):
+            self.rows = derived(output, "rows", lambda: Frozen(rows_of(output, vocab_map)), vocab_map)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[..]` target ids to `[.., d]`."""
@@ -186,7 +186,7 @@ class TokenLayers:
             bias = self.output.bias
             return functional.linear(hidden, self.output.weight[of], None if bias is None else bias[of])
         if self.rows is not None:
-            return functional.linear(hidden, *self.rows)
+            return self.rows(hidden)
         logits = self.output(hidden)[..., : self.vocab_size]
         return logits if self.vocab_map is None else logits[..., self.vocab_map]
 
@@ -227,9 +227,11 @@ class HeadDrafter(Generic[M]):
         """Start a run: the heads move to the target's device and dtype, and share its token layers."""
         self.check(context.target)
         target = context.target
-        self.model.to(device=target.device, dtype=target.model.dtype)  # type: ignore[call-overload]
+        if (self.model.device, self.model.dtype) != (target.device, target.model.dtype):
+            self.model.to(device=target.device, dtype=target.model.dtype)  # type: ignore[call-overload]
         self.context, self.target, self.sequences = context, target, context.sequences
-        context.stats.draft_ratio = self.model.num_parameters() / target.model.num_parameters()
+        ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (self.model, target.model))
+        context.stats.draft_ratio = ours / theirs
         self.layers = TokenLayers(target, self.model.vocab_map)
 
     def prompt_hidden(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
@@ -261,10 +263,11 @@ class HeadDrafter(Generic[M]):
         positions, none = s.positions(logits.shape[1]), s.tail(1)[:, :0]
         if processing.history_free:
             scores = processing.scores(logits, s, none)
-            return Draft(draws.draw(scores, positions), draws.draft_probs(scores))
+            return Draft(*draws.draft(scores, positions))
         tokens, probs = none, []
         for i in range(logits.shape[1]):  # what a position may hold depends on what was drawn before it
             scores = processing.scores(logits[:, i : i + 1], s, tokens, first=i)
-            tokens = torch.cat([tokens, draws.draw(scores, positions[:, i : i + 1])], dim=1)
-            probs.append(draws.draft_probs(scores))
+            token, q = draws.draft(scores, positions[:, i : i + 1])
+            tokens = torch.cat([tokens, token], dim=1)
+            probs.append(q)
         return Draft(tokens, None if probs[0] is None else torch.cat(probs, dim=1))

@@ -44,7 +44,7 @@ def sample(weights: Tensor, generator: torch.Generator | None = None, fallback: 
         level = ((level * total - (cdf.gather(-1, block) - size)) / size).clamp(0, ceiling)  # place inside the block
         inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
         token = block * BLOCK + _invert(inside.cumsum(-1, dtype=dtype), level)[0]
-    return torch.where((total > 0) & total.isfinite(), token, -1).reshape(shape)
+    return torch.where((total > 0) & (total < torch.inf), token, -1).reshape(shape)
 
 
 def _invert(cdf: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

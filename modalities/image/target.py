@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch import Tensor
+from torch.nn.functional import embedding, normalize
 from transformers import PreTrainedModel
 
 from polyspec.distributions import Constraint
+from polyspec.drafting.lean import Frozen, derived
 from polyspec.errors import CheckpointError, ConfigError, unknown
 from polyspec.modalities.image.codebook import neighbour_table
+from polyspec.modalities.image.output_rows import OutputRows
 from polyspec.target import Guidance, Target, guide_logits
 
 
@@ -131,8 +134,8 @@ class JanusTarget(Adapter):
         self.image_tokens = self.model.model.vision_model.config.num_image_tokens
         self.row_width = math.isqrt(self.image_tokens)
 
-    @property
-    def vocab_size(self) -> int:
+    @cached_property
+    def vocab_size(self) -> int:  # type: ignore[override]
         return self.model.config.vq_config.num_embeddings
 
     @property
@@ -143,12 +146,21 @@ class JanusTarget(Adapter):
     def backbone(self) -> Any:
         return self.model.model.language_model
 
-    @property
-    def output_layer(self) -> nn.Module:  # type: ignore[override]
-        return self.model.model.generation_head
+    @cached_property
+    def output_layer(self) -> Frozen:  # type: ignore[override]
+        head = self.model.model.generation_head
+        return derived(head, "frozen", lambda: Frozen(head.proj_out, head.activation_fn, head.vision_head))
+
+    @cached_property
+    def code_embeddings(self) -> Tensor:
+        """What every code becomes for the backbone `[V, d]`."""
+        inner, every = self.model.model, torch.arange(self.vocab_size, device=self.device)
+        prepare = self.model.prepare_embeddings_for_image_generation
+        with torch.no_grad():
+            return derived(inner.generation_aligner, "codes", lambda: prepare(every), inner.generation_embeddings.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        image = self.model.prepare_embeddings_for_image_generation(tokens.clamp(max=self.vocab_size - 1))
+        image = embedding(tokens.clamp(max=self.vocab_size - 1), self.code_embeddings)
         text = self.model.get_input_embeddings()((tokens - self.vocab_size).clamp(min=0))
         return torch.where((tokens < self.vocab_size)[..., None], image, text)
 
@@ -287,22 +299,6 @@ class Emu3Target(Adapter):
         ours = self.ids.new_zeros(self.config.vocab_size)
         ours[self.ids[: self.vocab_size]] = torch.arange(self.vocab_size, device=self.device)
         return ours[out[:, prompt:]]
-
-
-class OutputRows:
-    """Some rows of a linear output layer, in an order of their own; stretches of consecutive ones are not copied."""
-
-    def __init__(self, layer: nn.Linear, rows: Sequence[int]):
-        starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
-        ends = [*starts[1:], len(rows)]
-        weight = layer.weight.detach()
-        if len(starts) <= 16:
-            self.parts = [weight[rows[a] : rows[b - 1] + 1] for a, b in zip(starts, ends, strict=True)]
-        else:
-            self.parts = [weight[torch.tensor(rows, device=weight.device)]]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.cat([linear(hidden, part) for part in self.parts], dim=-1)
 
 
 class GlmImageTarget(ImageTarget):
