@@ -65,7 +65,8 @@ class LatentDraftModel:
 
             from polyspec.pipelines import load
 
-            draft_model = load(AutoModel.from_pretrained, str(draft_model)).eval()
+            # latents are compared step by step: half precision would be noise of its own
+            draft_model = load(AutoModel.from_pretrained, str(draft_model), dtype=torch.float32).eval()
         if not hasattr(draft_model, "latent_target"):
             raise ConfigError(
                 f"draft_model must be a model of continuous tokens or the folder of one, got {type(draft_model).__name__}"

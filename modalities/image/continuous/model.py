@@ -29,7 +29,7 @@ SCHEDULER = {
 
 class LatentImageConfig(PreTrainedConfig):
     """Sizes; the scheduler of diffusers' `DDPMScheduler`, how many of its steps are taken and the last one's noise (None: the
-    scheduler's); the latents' mean and deviation, which the model's tokens are without; and guidance_scale."""
+    scheduler's); the latents' mean and deviation (of each channel), which the model's tokens are without; guidance_scale."""
 
     model_type = "polyspec_latent_image"
 
@@ -47,8 +47,8 @@ class LatentImageConfig(PreTrainedConfig):
         scheduler: dict[str, Any] | None = None,
         denoising_steps: int = 50,
         last_std: float | None = None,
-        latent_mean: float = 0.0,
-        latent_std: float = 1.0,
+        latent_mean: float | list[float] = 0.0,
+        latent_std: float | list[float] = 1.0,
         guidance_scale: float = 1.0,
         **kwargs: Any,
     ):
@@ -149,7 +149,8 @@ class LatentImageModel(PreTrainedModel):
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` of the VAE -> tokens `[B, grid², D]`."""
         p, n = self.config.patch, self.config.grid
-        x = (latents - self.config.latent_mean) / self.config.latent_std
+        mean, std = self.normalisation(latents)
+        x = (latents - mean) / std
         x = x.unflatten(3, (n, p)).unflatten(2, (n, p))  # [B, C, n, p, n, p]
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -157,7 +158,13 @@ class LatentImageModel(PreTrainedModel):
         """`to_tokens` the other way round."""
         p, n, c = self.config.patch, self.config.grid, self.config.latent_channels
         x = tokens.unflatten(1, (n, n)).unflatten(3, (c, p, p)).permute(0, 3, 1, 4, 2, 5)
-        return x.flatten(4).flatten(2, 3) * self.config.latent_std + self.config.latent_mean
+        mean, std = self.normalisation(tokens)
+        return x.flatten(4).flatten(2, 3) * std + mean
+
+    def normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of latents, each `[C or 1, 1, 1]`."""
+        mean, std = (like.new_tensor(x).view(-1, 1, 1) for x in (self.config.latent_mean, self.config.latent_std))
+        return mean, std
 
     def forward(self, prompts: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """Conditions `[B, L, C]` of all latents, for training: prompts `[B, P]` filled at the right, their lengths `[B]`,

@@ -34,12 +34,14 @@ def pipe(recipe: str, overrides=None, **config):
 
 
 def test_latents_are_cut_into_tokens_and_put_together_again() -> None:
-    model = tiny_latent.model(latent_mean=0.3, latent_std=2.0)
+    model = tiny_latent.model(latent_mean=[0.3, 0.0, 0.0, 1.0], latent_std=[2.0, 1.0, 1.0, 0.5])
     latents = torch.randn(2, 4, 8, 8)
     tokens = model.to_tokens(latents)
     assert tokens.shape == (2, 16, 16)
     torch.testing.assert_close(model.to_latents(tokens), latents)
-    torch.testing.assert_close(tokens[0, 1].view(4, 2, 2), (latents[0, :, :2, 2:4] - 0.3) / 2)
+    first, _, _, last = tokens[0, 1].view(4, 2, 2)
+    torch.testing.assert_close(first, (latents[0, 0, :2, 2:4] - 0.3) / 2)
+    torch.testing.assert_close(last, (latents[0, 3, :2, 2:4] - 1) / 0.5)
 
 
 @torch.no_grad()
@@ -195,7 +197,8 @@ def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_pa
         {
             "data": {"path": str(pictures_file(tmp_path / "pictures.parquet"))},
             "vae": {"budget": {"steps": 2, "minutes": None}, "channels": [8, 8, 8, 8], "batch": 2},
-            "schedule": {"steps": 2, "minutes": None, "batch": 2},
+            "drawn": {"styles": ["plain"], "names": None},
+            "schedules": {name: {"steps": 2, "minutes": None, "batch": 2, "seed": 0} for name in ("target", "draft")},
             "sampler": {"denoising_steps": 3},
             "target": small,
             "draft": small,
@@ -204,7 +207,6 @@ def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_pa
             "seed": 0,
         }
     )
-    config.schedule.seed = 0
     module, _, function = config.entry.partition(":")
     train = getattr(import_module(module), function)
     folder = train(config)
