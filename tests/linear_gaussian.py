@@ -31,7 +31,7 @@ def sampler(std: Tensor = STD) -> Sampler:
 class LinearGaussian:
     """h_0 = prompt, h_n = ρ·h_{n-1} + W·x_n; mean_t(x, h) = A_t·x + B_t·h + d_t. `shift` moves it away from the target."""
 
-    head_size = 100
+    size = 100
 
     def __init__(self, shift: float = 0.0, std: Tensor = STD, dim: int = DIM, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)

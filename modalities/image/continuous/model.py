@@ -80,9 +80,10 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
         self.modulation = nn.Linear(size, 3 * size)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        normal = self.norm(x)
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(normal + shift, normal, scale)))
 
 
 class DiffusionHead(nn.Module):
@@ -98,15 +99,24 @@ class DiffusionHead(nn.Module):
         self.leave = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.latent_dim))
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return self.denoise(x, self.modulations(condition, self.times(timesteps)))
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """Embeddings `[.., size]` of timesteps `[..]`."""
         half = self.enter.out_features // 2
-        rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=x.device))
+        rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device))
         angles = timesteps[..., None].float() * rates
-        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
-        # the condition is projected before it is spread over denoising steps
-        mixed = nn.functional.silu(self.condition(condition) + time)
+        return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.enter.weight.dtype))
+
+    def modulations(self, condition: Tensor, times: Tensor) -> Tensor:
+        """`[.., blocks, 3·size]`: half of the head's arithmetic, and known before x is."""
+        mixed = nn.functional.silu(self.condition(condition) + times)
+        return torch.stack([block.modulation(mixed) for block in self.blocks], dim=-2)  # type: ignore[operator]
+
+    def denoise(self, x: Tensor, modulations: Tensor) -> Tensor:
         x = self.enter(x)
-        for block in self.blocks:
-            x = block(x, mixed)
+        for block, modulation in zip(self.blocks, modulations.unbind(-2), strict=True):
+            x = block(x, modulation)
         return self.leave(x)
 
 

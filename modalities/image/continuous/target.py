@@ -19,7 +19,9 @@ class LatentTarget:
         self.model, self.guidance = model, guidance_scale
         self.device = model.device
         self.dim, self.sampler = model.config.latent_dim, model.sampler().to(self.device)
-        self.head_size = sum(p.numel() for p in model.head.parameters())
+        self.size = sum(p.numel() for p in model.parameters())
+        with torch.no_grad():
+            self.times = model.head.times(self.sampler.timesteps)  # [T, size]
 
     @torch.no_grad()
     def prefill(self, prompt: Sequence[Sequence[int]], capacity: int) -> None:
@@ -44,7 +46,11 @@ class LatentTarget:
         word = model.transformer.embed_tokens(self.last)[:, None]
         at = model.places(slot.clamp(max=model.config.image_tokens - 1))
         hidden = self.run(torch.where((slot > 0)[..., None], image, word) + at)
-        return hidden.unflatten(0, (streams // self.rows, self.rows)).movedim(0, 2)  # [B, T, G, C]
+        return self.conditions(hidden.unflatten(0, (streams // self.rows, self.rows)).movedim(0, 2))
+
+    def conditions(self, hidden: Tensor) -> Tensor:
+        """What `means` takes of hidden states `[B, W, G, C]`, for all T denoising steps: `[B, W, T, G, blocks, 3·size]`."""
+        return self.model.head.modulations(hidden.unsqueeze(2), self.times[:, None])
 
     def run(self, embeds: Tensor) -> Tensor:
         """Hidden states `[S, T, C]` of embeddings behind what the cache keeps."""
@@ -67,8 +73,10 @@ class LatentTarget:
 
     @torch.no_grad()
     def means(self, condition: Tensor, x: Tensor, step: Tensor) -> Tensor:
-        times = self.sampler.timesteps[step][..., None]
-        out = self.model.head(x[..., None, :].to(self.model.dtype), times, condition).float()  # [.., G, D]
+        lead = condition.shape[:-4]
+        row = torch.arange(lead.numel(), device=step.device).view(lead).expand(step.shape)
+        modulations = condition.flatten(0, len(lead) - 1)[row, step]  # [.., G, blocks, 3·size]
+        out = self.model.head.denoise(x[..., None, :].to(self.model.dtype), modulations).float()  # [.., G, D]
         if self.guidance != 1:
             out = out[..., 1, :] + self.guidance * (out[..., 0, :] - out[..., 1, :])
         else:

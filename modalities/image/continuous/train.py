@@ -47,7 +47,7 @@ class VAEConfig:
     latent_channels: int = 4
     batch: int = 12
     learning_rate: float = 1e-3
-    kl: float = 1e-3
+    kl: float = 5e-3
     l1: float = 0.2
     gradient: float = 0.2
     checkpoint_minutes: float = 3.0
@@ -221,8 +221,8 @@ def train_vae(pixels: Tensor, config: VAEConfig, output: Path) -> AutoencoderKL:
     run_stage(
         "vae", config.budget, Checkpoints(output / "vae.pt", config.checkpoint_minutes, {}), state, train_step, dict
     )
-    model.to(WEIGHTS).eval().save_pretrained(output / VAE)
-    return model.float()  # latents as the saved weights make them
+    model.bfloat16().eval().save_pretrained(output / VAE)
+    return AutoencoderKL.from_pretrained(output / VAE).eval()  # latents as the saved weights make them
 
 
 @torch.no_grad()
