@@ -84,15 +84,15 @@ def policy_of(length: Any) -> LatentPolicy:
 
 
 MARGIN = 0.97  # drafting must cost less than this share of plain decoding: prices are not known better
-SHARE = 0.02  # of the time may go into trying again what did not pay
+SHARE = 0.01  # of the time may go into trying again what did not pay
 SHORTEST_WAIT = 4.0  # rounds between two tries
-DECAY = 0.9  # a round, of what was learnt
+DECAY = 0.8  # a round, of what was learnt
 
 
 class Paying:
     """What costs least a token: up to `length` tokens, with or without the window of denoising steps.
 
-    What might pay is tried at once, drafts with one token; what does not is tried again so seldom that it costs 2 % of the
+    What might pay is tried at once, drafts with one token; what does not is tried again so seldom that it costs 1 % of the
     time. prices: a mapping with the fields of `Prices` in place of measured ones, for the same choices on any machine.
     """
 
