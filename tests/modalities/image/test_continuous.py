@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 import tiny_latent
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from recipe_needs import continuous_recipes
@@ -165,6 +168,36 @@ def test_bad_input_is_refused_with_what_to_change(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def saved(folder: Path) -> Path:
+    """The tiny target as a folder."""
+    model, words, vae, draft = tiny_latent.target()
+    for part, place in ((model, ""), (words, ""), (vae, "vae"), (draft, "draft"), (words, "draft")):
+        part.save_pretrained(folder / place)
+    return folder
+
+
+def bench(*changes: str) -> None:
+    with initialize_config_module("polyspec.conf", version_base="1.3"):
+        config = compose("config", ["task=bench", "modality=image", "bench=image_continuous", "device=cpu", *changes])
+    instantiate(config.task.run)(config)
+
+
+def test_the_bench_reports_speed_calls_and_acceptance_beside_its_bound(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYSPEC_CACHE", str(tmp_path))
+    settings = ("bench.count=1", "bench.batches=[1,2]", "bench.repeats=1")
+    recipes = "bench.recipes=[{name:reflection,overrides:{length:2}}]"
+    bench(f"target={saved(tmp_path / 'model')}", recipes, *settings)
+    folder = tmp_path / "bench-image-continuous"
+    plain, drafted, *_ = json.loads((folder / "results.json").read_text())["results"]
+    assert plain["head_calls"] == tiny_latent.STEPS and plain["ar_calls"] == 1 and plain["speed_up"] == 1
+    assert drafted["draft_head_calls"] > 0 and 0 < drafted["bound"] < 1
+    assert len(drafted["accepted_by_step"]) == len(drafted["bound_by_step"]) == tiny_latent.STEPS
+    assert all((folder / name).stat().st_size > 1000 for name in ("results.png", "steps.png"))
+    with pytest.raises(InputError, match="models of continuous tokens"):
+        bench("bench.count=1")
 
 
 def pictures_file(path: Path) -> Path:
