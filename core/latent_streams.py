@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polyspec.api import generator_of
 from polyspec.cache import RaggedCache
+from polyspec.decoding.continuous import Continuous, Latents
 from polyspec.denoising import Sampler
+from polyspec.distributions import row_seeds
+from polyspec.drafting.continuous import LatentContext
+from polyspec.metrics import LatentStats
+from polyspec.recipe import Method
 
 
 class LatentStreams:
@@ -102,3 +110,25 @@ class LatentStreams:
         else:
             out = out[..., 0, :]
         return self.sampler.mean(out, x, step)
+
+
+def draw_latents(
+    method: Method,
+    loop: Continuous,
+    target: Any,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    *,
+    seed: int | Sequence[int] | None,
+    guidance: float = 1.0,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, LatentStats]:
+    """`limit` tokens of every prompt by a recipe's `method` and `loop`: `[B, limit, D]`, and counts."""
+    stats = LatentStats(recipe=method.recipe.name, guarantee=method.recipe.guarantee)
+    start = time.perf_counter()
+    seeds = row_seeds(seed, len(prompts), target.device)
+    sequences = Latents(len(prompts), limit, target.dim, target.device, progress)
+    generator, length = generator_of(seeds), copy(method.length)
+    loop.run(LatentContext(target, prompts, sequences, seeds, generator, length, stats, guidance), method.drafter())
+    stats.wall_seconds = time.perf_counter() - start
+    return sequences.result(), stats

@@ -11,7 +11,7 @@ DDPM needs more steps than the solver's 10 for equal sound, and whose last step 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -19,10 +19,16 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from polyspec.decoding.continuous import Continuous
 from polyspec.denoising import Sampler
-from polyspec.errors import UnsupportedModelError
-from polyspec.latent_streams import LatentStreams
+from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+from polyspec.latent_streams import LatentStreams, draw_latents
+from polyspec.lengths import positive
+from polyspec.outputs import Audio, Result
+from polyspec.recipe import build, find_recipe
+from polyspec.verification import reflection_chain
 
+RATE = 24_000  # samples a second
 SCHEDULER = {
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
@@ -51,6 +57,38 @@ class VibeVoice:
     def latent_target(self, guidance_scale: float = 1.0) -> VibeVoiceTarget:
         """What a loop needs of this model."""
         return VibeVoiceTarget(self.model, self.sampler, guidance_scale)
+
+    @torch.no_grad()
+    def speak(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        recipe: str = "reflection",
+        overrides: Mapping[str, Any] | None = None,
+        max_new_tokens: int = 256,
+        guidance_scale: float = 1.3,
+        seed: int | Sequence[int] | None = None,
+    ) -> Result:
+        """Say what `prompts`, token ids that end with the token that opens speech, ask for: an Audio each in `outputs`.
+
+        recipe: reflection, cspd or autoregressive; overrides: its knobs, `draft_model=VibeVoice(…)` among them. Rows are
+        drawn to `max_new_tokens` latents, and what lies behind the place where speech ends is cut off.
+        """
+        if not prompts or any(len(p) == 0 or p[-1] != self.model.config.audio_bos_token_id for p in prompts):
+            raise InputError("every prompt must end with the token that opens speech (audio_bos_token_id)")
+        if guidance_scale < 1:
+            raise ConfigError(f"guidance_scale must be ≥ 1, got {guidance_scale}")
+        method = build(find_recipe(recipe), overrides or {})
+        loop: Any = Continuous(reflection_chain) if recipe == "autoregressive" else method.loop
+        if not isinstance(loop, Continuous):
+            raise ConfigError(f"recipe {recipe!r} is for discrete tokens; choose reflection, cspd or autoregressive")
+        target = self.latent_target(guidance_scale)
+        limit = positive("max_new_tokens", max_new_tokens)
+        latents, stats = draw_latents(method, loop, target, prompts, limit, seed=seed, guidance=guidance_scale)
+        ends = target.spoken([limit] * len(prompts))
+        hop = self.model.config.audio_config.hop_length
+        sounds = self.waveform(latents).float().cpu()
+        return Result([Audio(w[:, : n * hop], RATE) for w, n in zip(sounds, ends, strict=True)], stats)
 
     @torch.no_grad()
     def waveform(self, latents: Tensor) -> Tensor:

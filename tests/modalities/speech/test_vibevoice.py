@@ -162,6 +162,16 @@ def test_speech_ends_where_the_language_model_says_so() -> None:
     assert voice.waveform(latents).shape == (2, 1, TOKENS * 6)
 
 
+@pytest.mark.parametrize("recipe", ["autoregressive", "reflection", "cspd"])
+def test_every_recipe_speaks(recipe: str) -> None:
+    voice = VibeVoice(model(), steps=STEPS)
+    knobs = {} if recipe == "autoregressive" else {"draft_model": VibeVoice(model(1), steps=STEPS), "length": 2}
+    result = voice.speak(PROMPTS, recipe=recipe, overrides=knobs, max_new_tokens=4, seed=3)
+    assert [o.waveform.shape for o in result.outputs] == [(1, 24)] * 2 and result.stats.recipe == recipe
+    again = voice.speak(PROMPTS, recipe=recipe, overrides=knobs, max_new_tokens=4, seed=3)
+    assert torch.equal(result.outputs[1].waveform, again.outputs[1].waveform)
+
+
 def test_what_cannot_be_coupled_is_refused() -> None:
     from diffusers import DPMSolverMultistepScheduler
 
@@ -171,5 +181,11 @@ def test_what_cannot_be_coupled_is_refused() -> None:
         VibeVoice(torch.nn.Linear(1, 1))
     with pytest.raises(PolyspecError, match="the number of denoising steps"):
         VibeVoice(model(), steps=0)
+    with pytest.raises(PolyspecError, match="opens speech"):
+        VibeVoice(model(), steps=STEPS).speak([[7, 8]])
+    with pytest.raises(PolyspecError, match="is for discrete tokens"):
+        VibeVoice(model(), steps=STEPS).speak(PROMPTS, recipe="sjd")
+    with pytest.raises(PolyspecError, match="max_new_tokens must be"):
+        VibeVoice(model(), steps=STEPS).speak(PROMPTS, max_new_tokens=0)
     with pytest.raises(PolyspecError, match="denoises in 3 steps"):
         draw(1.0, draft=VibeVoice(model(1), steps=3))
