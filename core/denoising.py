@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +21,7 @@ from polyspec.verification import gumbel_noise
 DETERMINISTIC = 1e-8  # a standard deviation diffusers leaves where it means none (its variances are clamped to 1e-20)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sampler:
     """The T steps of a DDPM sampler (2006.11239, equation 7) in the order they are taken, each a tensor `[T]`.
 
@@ -93,10 +94,18 @@ class Sampler:
         )
         return Sampler(*moved, clip=self.clip)
 
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """`[T, 4]`: clean_x, clean_out, mean_clean, mean_x, so that a step looks them up at once."""
+        return torch.stack([self.clean_x, self.clean_out, self.mean_clean, self.mean_x], dim=1)
+
     def mean(self, output: Tensor, x: Tensor, step: Tensor) -> Tensor:
         """Mean `[.., D]` of the step numbered `step [..]` from x, for the network's `output [.., D]`."""
-        clean = self.clean_x[step, None] * x + self.clean_out[step, None] * output
-        return self.mean_of(clean if self.clip is None else clean.clamp(-self.clip, self.clip), x, step)
+        clean_x, clean_out, mean_clean, mean_x = self.coefficients[step].unsqueeze(-2).unbind(-1)
+        clean = torch.addcmul(clean_x * x, clean_out, output)
+        if self.clip is not None:
+            clean = clean.clamp(-self.clip, self.clip)
+        return torch.addcmul(mean_x * x, mean_clean, clean)
 
     def mean_of(self, clean: Tensor, x: Tensor, step: Tensor) -> Tensor:
         """Mean `[.., D]` of step `step [..]` from x if the clean token is predicted to be `clean [.., D]`."""
@@ -143,8 +152,8 @@ class ContinuousTarget(Protocol):
     """Numbers D in a latent."""
     sampler: Sampler
     device: torch.device
-    head_size: int
-    """Parameters of the head: what a call of it costs beside another model's."""
+    size: int
+    """Parameters of the model, by which what its calls cost is known again."""
 
     def prefill(self, prompt: Any, capacity: int) -> None:
         """Run the prompts of B rows (in a form of the model's own) but for each one's last token; room for `capacity`
@@ -164,6 +173,33 @@ class ContinuousTarget(Protocol):
         """Means `[.., D]` of denoising steps `step [..]` long from `x [.., D]`; condition `[.., ...]`, whose leading
         dimensions broadcast to step's. One head call, guidance included."""
         ...
+
+
+class Ahead:
+    """Up to `width` steps at once from any step on, with the prediction of the clean token held: an affine map.
+
+    Steps behind the last one change nothing.
+    """
+
+    def __init__(self, sampler: Sampler, width: int):
+        total, self.width = len(sampler), width
+        ahead = torch.arange(total, device=sampler.std.device)[:, None] + torch.arange(width, device=sampler.std.device)
+        inside, self.steps = ahead < total, ahead.clamp(max=total - 1)  # [T, W]
+        mean_x, mean_clean = (torch.where(inside, x[self.steps], e) for x, e in ((sampler.mean_x, 1), (sampler.mean_clean, 0)))
+        self.inside, self.std = inside, torch.where(inside, sampler.std[self.steps], 0.0)
+        row = torch.zeros(total, width + 2, device=ahead.device)  # of x, of the prediction, of each step's noise
+        row[:, 0] = 1
+        rows = []
+        for j in range(width):
+            row = mean_x[:, j, None] * row
+            row[:, 1] += mean_clean[:, j]
+            row[:, 2 + j] = self.std[:, j]
+            rows.append(row)
+        self.map = torch.stack(rows, dim=1)  # [T, W, W + 2]
+
+    def points(self, x: Tensor, clean: Tensor, noise: Tensor, at: Tensor) -> Tensor:
+        """`[R, W, D]` behind each of the steps from `at [R]` on: x and the prediction `[R, D]`, noise `[R, W, D]`."""
+        return self.map[at] @ torch.cat([x.unsqueeze(1), clean.unsqueeze(1), noise], dim=1)
 
 
 def gaussian_noise(seeds: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -30,6 +30,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def cache_root(folder: str | Path | None = None) -> Path:
+    """Where things are kept between runs: `folder`, $POLYSPEC_CACHE, $XDG_CACHE_HOME/polyspec or ~/.cache/polyspec."""
+    root = folder or os.environ.get("POLYSPEC_CACHE")
+    if root is None or not str(root):
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyspec"
+    return Path(root).expanduser()
+
+
 def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -64,49 +64,6 @@ class Fixed:
         pass
 
 
-class Paying(Fixed):
-    """`length` continuous tokens while that takes fewer head calls a token than the plain loop, else none.
-
-    A call of the draft's head counts as `draft_cost` (None: by the heads' sizes) of one of the target's. Decided from
-    counts alone, so that a seed fixes the output. While drafting does not pay, it is tried again after ever longer waits.
-    """
-
-    def __init__(self, length: int, draft_cost: float | None = None, trial: int = 8):
-        super().__init__(length)
-        if draft_cost is not None and draft_cost < 0:
-            raise ConfigError(f"draft_cost must be ≥ 0, got {draft_cost}")
-        self.draft_cost, self.trial = draft_cost, positive("trial", trial)
-
-    def begin(self, context: Context) -> None:
-        self.tokens, self.spent, self.rounds, self.pause, self.wait = 0.0, 0.0, 0, 0, SHORTEST_WAIT
-        self.before = (0.0, 0.0)
-        self.plain = len(context.target.sampler)  # type: ignore[attr-defined]
-
-    def next(self) -> int:
-        return 0 if self.pause > 0 else self.length
-
-    def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
-        calls = (float(stats.head_calls), float(stats.draft_head_calls))  # type: ignore[attr-defined]
-        target, draft = (now - old for now, old in zip(calls, self.before, strict=True))
-        self.before = calls
-        running = [g for g in gained if g]
-        if not proposed:
-            self.pause = max(0, self.pause - 1)
-            # of the plain chain too a window of steps may save calls
-            self.plain = 0.9 * self.plain + 0.1 * target
-            return
-        cost = stats.draft_cost if self.draft_cost is None else self.draft_cost  # type: ignore[attr-defined]
-        self.spent += target + cost * draft
-        self.tokens += sum(running) / max(1, len(running))
-        self.rounds += 1
-        if self.rounds >= self.trial:
-            if self.spent > self.plain * self.tokens:
-                self.pause, self.wait = int(self.wait), min(2 * self.wait, LONGEST_WAIT)
-            else:
-                self.wait = SHORTEST_WAIT
-            self.tokens, self.spent, self.rounds = 0.0, 0.0, 0
-
-
 class Confidence(Fixed):
     """Stop drafting when no row's drafter gives its best token more than `threshold` (assisted generation's rule;
     2402.01528 discusses why draft confidence predicts acceptance). One host synchronisation a drafted token."""

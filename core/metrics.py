@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from polyspec.verification import LatentVerdict
 
 
 @dataclass(slots=True)
@@ -119,27 +121,40 @@ class DecodingStats:
 class LatentStats(DecodingStats):
     """Of a run that draws continuous tokens: calls of the diffusion heads too, and acceptance by denoising step.
 
-    A step of a drafted token counts as tried where every token and step before it has held. draft_cost: a call of the
-    draft's head as a share of one of the target's, by their sizes.
+    A step of a drafted token counts as tried where every token and step before it has held; chance_by_step sums over these
+    the probability that it would hold, 1 - TV for an exact rule, and first_chance over all first drafted tokens that of the
+    whole token, Π(1 - TV), which no exact rule exceeds.
     """
 
     head_calls: int = 0
     draft_head_calls: int = 0
-    draft_cost: float = 0.0
     accepted_by_step: list[int] = field(default_factory=list)
     proposed_by_step: list[int] = field(default_factory=list)
+    chance_by_step: list[float] = field(default_factory=list)
+    first_tokens: int = 0
+    first_accepted: int = 0
+    first_chance: float = 0.0
 
-    def record_steps(self, kept: Tensor, accepted: list[int], gained: list[int]) -> None:
-        """Count the steps `kept [B, N, T]` of a round in which row b accepted `accepted[b]` tokens."""
-        rows, length, steps = kept.shape
-        if length == 0:
-            return
-        self.accepted_by_step = self.accepted_by_step or [0] * steps
-        self.proposed_by_step = self.proposed_by_step or [0] * steps
-        held = kept.flatten(1).long().cumprod(1)
+    def record_steps(self, verdict: LatentVerdict, gained: list[int]) -> list[list[float]]:
+        """Count the steps of a round in which row b gained `gained[b]` tokens; returns the chance of each drafted token of
+        the rows that still ran."""
+        _, length, steps = verdict.kept.shape
+        running = [b for b, gain in enumerate(gained) if gain]
+        if length == 0 or not running:
+            return []
+        for name in ("accepted_by_step", "proposed_by_step", "chance_by_step"):
+            setattr(self, name, getattr(self, name) or [0] * steps)
+        kept, chance = verdict.kept[running], verdict.chance[running].double()
+        held = kept.flatten(1).cumprod(1)
         tried = held.roll(1, 1)
         tried[:, 0] = 1
-        running = [b for b in range(rows) if gained[b]]
-        for counts, found in ((self.accepted_by_step, held), (self.proposed_by_step, tried)):
-            for step, n in enumerate(found[running].view(len(running), length, steps).sum((0, 1)).tolist()):
-                counts[step] += n
+        counts = torch.stack([held.double(), tried.double(), tried * chance.flatten(1)]).view(3, -1, steps).sum(1)
+        *found, tokens = [*counts.tolist(), chance.prod(-1).tolist()]
+        for t in range(steps):
+            self.accepted_by_step[t] += round(found[0][t])
+            self.proposed_by_step[t] += round(found[1][t])
+            self.chance_by_step[t] += found[2][t]
+        self.first_tokens += len(running)
+        self.first_accepted += sum(gained[b] > 1 for b in running)
+        self.first_chance += sum(row[0] for row in tokens)
+        return tokens

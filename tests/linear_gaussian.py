@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def sampler(std: Tensor = STD) -> Sampler:
 class LinearGaussian:
     """h_0 = prompt, h_n = ρ·h_{n-1} + W·x_n; mean_t(x, h) = A_t·x + B_t·h + d_t. `shift` moves it away from the target."""
 
-    head_size = 100
+    size = 100
 
     def __init__(self, shift: float = 0.0, std: Tensor = STD, dim: int = DIM, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
@@ -101,6 +102,7 @@ def decode(
     seed: int = 0,
     stride: int = 1,
     loop: type[Continuous] = Continuous,
+    policy: Any = None,
     **knobs,
 ) -> tuple[Tensor, LatentStats]:
     """TOKENS tokens of `rows` rows through the full loop: `[rows, TOKENS, D]`."""
@@ -109,7 +111,7 @@ def decode(
     generator = torch.Generator().manual_seed(seed)
     run = LatentStats()
     prompt = PROMPT[: target.dim].expand(rows, -1)
-    context = LatentContext(target, prompt, sequences, seeds, generator, Fixed(length), run)
+    context = LatentContext(target, prompt, sequences, seeds, generator, policy or Fixed(length), run)
     drafter = NoDraft() if draft is None else LatentDraftModel(draft, stride)
     loop(rule, **knobs).run(context, drafter)
     return sequences.result(), run

@@ -72,11 +72,16 @@ class Contestant:
 
 def run(config: DictConfig) -> None:
     """Run the bench that the `bench` group describes and write results.json and results.png; with a `serve` group, load the
-    service instead."""
+    service instead; a `bench` group with a `runner` is that function's."""
     if config.get("serve"):
         from polyspec.bench import load
 
         load.run(config)
+        return
+    if config.bench.get("runner"):
+        from hydra.utils import get_method
+
+        get_method(config.bench.runner)(config)
         return
     settings: Any = OmegaConf.to_container(config.bench, resolve=True)
     console = Console()

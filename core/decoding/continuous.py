@@ -7,17 +7,19 @@ how many tokens stand and after which denoising step the next one goes on with t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyspec.denoising import ContinuousTarget, gaussian_noise
+from polyspec.decoding.chains import Chains, denoise
+from polyspec.decoding.prices import prices_of
+from polyspec.denoising import Ahead, ContinuousTarget
 from polyspec.drafting.continuous import LatentContext, LatentDraft
 from polyspec.errors import ConfigError, InputError
 from polyspec.lengths import positive
-from polyspec.verification import LatentVerdict, reflection_coupling
+from polyspec.paying import Round, policy_of
+from polyspec.verification import LatentVerdict
 
 Trajectory = Callable[[ContinuousTarget, Tensor, LatentDraft], Tensor]
 
@@ -68,14 +70,18 @@ class Continuous:
 
     def run(self, context: LatentContext, drafter: Any) -> None:
         """Generate until every row of `context.sequences` has all its tokens."""
-        target, sequences, stats = context.target, context.sequences, context.stats
+        target, sequences, stats, policy = context.target, context.sequences, context.stats, policy_of(context.length)
         self.check(target, drafter)
         target.prefill(context.prompt, sequences.limit)
+        policy.begin_latents(
+            len(target.sampler), self.window, drafts(drafter), lambda: prices_of(self, context, drafter)
+        )
         if drafts(drafter):
             drafter.begin(context)
-        context.length.begin(context)  # type: ignore[arg-type]
+        ahead = Ahead(target.sampler, self.window)
         while not sequences.finished:
-            count = self.count(context, drafter)
+            alone = not drafts(drafter) or min(sequences.lengths) < self.prefill * sequences.limit
+            count, window = policy.plan(0 if alone else sequences.remaining - 1)
             with stats.timed("draft"):
                 draft = drafter.propose_latents(count) if count else empty(target, sequences.batch)
             with stats.timed("target"):
@@ -86,22 +92,15 @@ class Continuous:
             with stats.timed("target"):
                 rows = [b for b, n in enumerate(sequences.lengths) if n + accepted[b] < sequences.limit]
                 chains = Chains.begin(context, conditions, verdict, rows, accepted, steps)
-                denoise(context, chains, self.window)
+                left = [len(target.sampler) - s for s in chains.steps]
+                calls = denoise(context, chains, ahead if window > 1 else None)
                 gained = sequences.commit(draft.tokens, accepted, rows, chains.x)
                 target.rollback(sequences.lengths)
             if drafts(drafter):
                 drafter.observe_latents()
-            stats.record_steps(verdict.kept, accepted, gained)
-            stats.record(draft.tokens.shape[1], gained)
-            if drafts(drafter):
-                context.length.observe(draft.tokens.shape[1], gained, stats)
-
-    def count(self, context: LatentContext, drafter: Any) -> int:
-        """How many tokens the coming round drafts."""
-        alone = min(context.sequences.lengths) < self.prefill * context.sequences.limit
-        if alone or not drafts(drafter):
-            return 0
-        return min(context.length.next(), context.sequences.remaining - 1)
+            stats.record(count, gained)
+            chance = stats.record_steps(verdict, gained)
+            policy.observe_latents(Round(count, window, chance, left, calls))
 
     def judge(self, context: LatentContext, conditions: Tensor, draft: LatentDraft) -> LatentVerdict:
         """The rule's verdict on `draft`."""
@@ -123,91 +122,6 @@ def empty(target: ContinuousTarget, rows: int) -> LatentDraft:
     """A draft of zero tokens: the round is plain decoding."""
     points = torch.zeros(rows, 0, len(target.sampler) + 1, target.dim, device=target.device)
     return LatentDraft(points, points[:, :, 1:])
-
-
-@dataclass(slots=True)
-class Chains:
-    """R unfinished denoising chains: conditions `[R, ...]`, points x `[R, D]`, steps taken, noise `[R, T, D]` to come."""
-
-    condition: Tensor
-    x: Tensor
-    steps: list[int]
-    noise: Tensor
-
-    @classmethod
-    def begin(
-        cls,
-        context: LatentContext,
-        conditions: Tensor,
-        verdict: LatentVerdict,
-        rows: list[int],
-        accepted: list[int],
-        steps: list[int],
-    ) -> Chains:
-        """The next token of each of `rows`: where the rule says, or from fresh noise if no step of it was taken.
-
-        Noise is a function of row seed, position and step, so that the plain loop's is the same in any batch; each is used
-        once, since a position is denoised by the target once.
-        """
-        device, taken = conditions.device, len(context.target.sampler)
-        index = torch.tensor(rows, device=device, dtype=torch.long)
-        position = (context.sequences.length_tensor + verdict.accepted)[index]
-        counter = position[:, None] * (taken + 1) + torch.arange(taken + 1, device=device)
-        noise = gaussian_noise(context.seeds[index], counter, context.target.dim)
-        first = (verdict.steps[index] == 0)[:, None]
-        x = torch.where(first, noise[:, 0], verdict.start[index])
-        return cls(conditions[index, verdict.accepted[index]], x, [steps[r] for r in rows], noise[:, 1:])
-
-
-def denoise(context: LatentContext, chains: Chains, window: int) -> None:
-    """Take the target's steps until all `chains` are done, `window` at a time where a prediction is at hand."""
-    target, stats = context.target, context.stats
-    sampler, total = target.sampler, len(target.sampler)
-    clean: Tensor | None = None
-    while rows := [r for r, s in enumerate(chains.steps) if s < total]:
-        index = torch.tensor(rows, device=target.device)
-        at = torch.tensor([chains.steps[r] for r in rows], device=target.device)
-        x, condition = chains.x[index], chains.condition[index]
-        if clean is None:
-            mean = target.means(condition, x, at)
-            chains.x[index] = mean + sampler.std[at, None] * chains.noise[index, at]
-            taken = [1] * len(rows)
-            if window > 1:
-                clean = torch.zeros_like(chains.x)
-                clean[index] = sampler.clean(mean, x, at)
-        else:
-            width = min(window, total - min(chains.steps[r] for r in rows))
-            y, last, progress = speculate(context, condition, x, at, clean[index], chains.noise[index], width)
-            chains.x[index], clean[index] = y, last
-            taken = progress.tolist()
-        stats.head_calls += 1
-        for r, n in zip(rows, taken, strict=True):
-            chains.steps[r] += n
-
-
-def speculate(
-    context: LatentContext, condition: Tensor, x: Tensor, at: Tensor, clean: Tensor, noise: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draft `width` denoising steps with the prediction `clean [R, D]` held, and keep those that couple with the target's.
-
-    Returns where each chain `[R, D]` has come, the target's prediction there, and how many steps `[R]` were taken, ≥ 1.
-    """
-    sampler, total = context.target.sampler, len(context.target.sampler)
-    ahead = at[:, None] + torch.arange(width, device=at.device)
-    step = ahead.clamp(max=total - 1)
-    points, means_q = [x], []
-    for j in range(width):
-        means_q.append(sampler.mean_of(clean, points[-1], step[:, j]))
-        z = noise.gather(1, step[:, j, None, None].expand(-1, 1, x.shape[1]))[:, 0]
-        points.append(means_q[-1] + sampler.std[step[:, j], None] * z)
-    before, after, q = torch.stack(points[:-1], 1), torch.stack(points[1:], 1), torch.stack(means_q, 1)
-    p = context.target.means(condition.unsqueeze(1), before, step)
-    y, kept = reflection_coupling(after, q, p, sampler.std[step, None], generator=context.generator)
-    lead = (kept & (ahead < total)).long().cumprod(1).sum(1)
-    progress = torch.minimum((lead + 1).clamp(max=width), total - at)
-    rows, last = torch.arange(len(at), device=at.device), progress - 1
-    prediction = sampler.clean(p[rows, last], before[rows, last], step[rows, last])
-    return y[rows, last], prediction, progress
 
 
 class Latents:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyspec.denoising import ContinuousTarget
+from polyspec.denoising import Ahead, ContinuousTarget
 from polyspec.errors import ConfigError, InputError
 from polyspec.lengths import LengthPolicy, positive
 from polyspec.metrics import LatentStats
@@ -65,12 +65,18 @@ class LatentDraftModel:
 
             from polyspec.pipelines import load
 
-            draft_model = load(AutoModel.from_pretrained, str(draft_model)).eval()
+            # latents are compared step by step: half precision would be noise of its own
+            draft_model = load(AutoModel.from_pretrained, str(draft_model), dtype=torch.float32).eval()
         if not hasattr(draft_model, "latent_target"):
             raise ConfigError(
                 f"draft_model must be a model of continuous tokens or the folder of one, got {type(draft_model).__name__}"
             )
         self.model: Any = draft_model
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """What its cost depends on."""
+        return self.model.latent_target(1.0).size, self.stride
 
     def check(self, target: ContinuousTarget) -> None:
         """InputError unless both models have latents of one size and steps of the same number and covariance."""
@@ -88,7 +94,7 @@ class LatentDraftModel:
         self.draft = self.model.latent_target(context.guidance)
         self.draft.prefill(context.prompt, context.sequences.limit)
         self.kept = [0] * context.sequences.batch
-        context.stats.draft_cost = min(1.0, self.draft.head_size / context.target.head_size)
+        self.ahead = Ahead(self.draft.sampler, self.stride)
 
     def propose_latents(self, count: int) -> LatentDraft:
         """`count` ≥ 1 tokens to follow each row's last one, drawn from the draft model's own sampler."""
@@ -112,22 +118,22 @@ class LatentDraftModel:
 
     def denoise(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Points `[B, T+1, D]` and means `[B, T, D]` of one token each, given conditions `[B, ...]`."""
-        sampler, generator = self.draft.sampler, self.context.generator
-        shape = (len(condition), len(sampler) + 1, self.draft.dim)
-        noise = torch.randn(shape, generator=generator, device=condition.device)
-        x, points, means = noise[:, 0], [noise[:, 0]], []
-        clean = x
-        for t in range(len(sampler)):
-            step = torch.full(x.shape[:1], t, device=x.device)
-            if t % self.stride == 0:
-                means.append(self.draft.means(condition, x, step))
-                clean = sampler.clean(means[-1], x, step)
-                self.context.stats.draft_head_calls += 1
+        sampler, generator, total = self.draft.sampler, self.context.generator, len(self.draft.sampler)
+        noise = torch.randn((len(condition), total + 1, self.draft.dim), generator=generator, device=condition.device)
+        x, every = noise[:, 0], torch.arange(total, device=condition.device)
+        points = [x[:, None]]
+        for t in range(0, total, self.stride):
+            step = every[t].expand(len(x))
+            mean = self.draft.means(condition, x, step)
+            self.context.stats.draft_head_calls += 1
+            if self.stride == 1:
+                points.append(torch.addcmul(mean, sampler.std[t], noise[:, t + 1]).unsqueeze(1))
             else:
-                means.append(sampler.mean_of(clean, x, step))
-            x = means[-1] + sampler.std[t] * noise[:, t + 1]
-            points.append(x)
-        return torch.stack(points, 1), torch.stack(means, 1)
+                z = noise[:, 1:][:, self.ahead.steps[t]]
+                points.append(self.ahead.points(x, sampler.clean(mean, x, step), z, step)[:, : total - t])
+            x = points[-1][:, -1]
+        found = torch.cat(points, 1)
+        return found, torch.addcmul(found[:, 1:], sampler.std[:, None], noise[:, 1:], value=-1)
 
     def observe_latents(self) -> None:
         """After a round: forget what was not kept."""

@@ -55,7 +55,7 @@ def cspd(
     accepted = leading(kept)
     if length == 0:
         start = points.new_zeros(rows, points.shape[-1])
-        return LatentVerdict(accepted, accepted.clone(), start, kept[..., None].expand(-1, -1, steps))
+        return LatentVerdict(accepted, accepted.clone(), start, *(x[..., None].expand(-1, -1, steps) for x in (kept, gap)))
 
     at = accepted.clamp(max=length - 1)
     row = torch.arange(rows, device=points.device)
@@ -65,12 +65,13 @@ def cspd(
     y = torch.cat([(mean_p + std[-1] * noise).to(points.dtype), own[:, None]], dim=1)  # the last is taken if none is
     lead = log_ratio + log_density(y, mean_p, std[-1]) - log_density(y, mean_q, std_q[-1])
     u = torch.rand(rows, tries + 1, generator=generator, device=points.device)
-    taken = u < -torch.expm1(-lead)  # 1 - q / (Σ·p), never where that is negative
-    taken[:, -1] = True
-    start = y[row, taken.int().argmax(1)]
-    return LatentVerdict(
-        accepted, torch.where(accepted < length, steps, 0), start, kept[..., None].expand(-1, -1, steps)
-    )
+    fits = u < -torch.expm1(-lead)  # 1 - q / (Σ·p), never where that is negative
+    fits[:, -1] = True
+    start = y[row, fits.int().argmax(1)]
+    chance = torch.ones_like(means_p[..., 0])
+    chance[:, :, -1] = gap.exp().clamp(max=1)  # the one step that is judged
+    taken = torch.where(accepted < length, steps, 0)
+    return LatentVerdict(accepted, taken, start, kept[..., None].expand(-1, -1, steps), chance)
 
 
 def log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -71,12 +71,20 @@ def reflection_chain(
     y, kept = reflection_coupling(points[:, :, 1:], means_q, means_p, std[:, None], generator=generator)
     coupled = leading(kept.flatten(1))
     accepted = coupled.div(steps, rounding_mode="floor")
+    chance = overlap(means_q, means_p, std[:, None])
     if length == 0:
-        return LatentVerdict(accepted, accepted.clone(), points.new_zeros(rows, points.shape[-1]), kept)
+        return LatentVerdict(accepted, accepted.clone(), points.new_zeros(rows, points.shape[-1]), kept, chance)
     first = coupled.clamp(max=length * steps - 1)
     start = y.flatten(1, 2)[torch.arange(rows, device=points.device), first]
     taken = torch.where(accepted < length, coupled - accepted * steps + 1, 0)
-    return LatentVerdict(accepted, taken, start, kept)
+    return LatentVerdict(accepted, taken, start, kept, chance)
+
+
+def overlap(mean_q: Tensor, mean_p: Tensor, std: Tensor) -> Tensor:
+    """1 - TV = 2Φ(-|Δ|/2) of two Gaussians `[.., D]` with one deviation (broadcast; 0: whether they agree) -> `[..]`."""
+    gap = (mean_q - mean_p).norm(dim=-1)
+    std = std.squeeze(-1)
+    return torch.where(std > 0, torch.erfc(gap / (std * 8**0.5)), (gap == 0).to(gap.dtype))
 
 
 def check_trajectories(points: Tensor, means_q: Tensor, means_p: Tensor, std: Tensor) -> None:

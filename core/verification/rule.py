@@ -46,6 +46,7 @@ class LatentVerdict:
     steps: Tensor  # [B] long
     start: Tensor  # [B, D]
     kept: Tensor  # [B, N, T] bool, which steps would hold, each taken on its own
+    chance: Tensor  # [B, N, T], the probability that each holds where it starts; the most an exact rule reaches is 1 - TV
 
 
 class Rule(Protocol[Args, Result]):

@@ -44,6 +44,7 @@ from transformers import (
 )
 
 from polyspec.errors import CheckpointError
+from polyspec.files import cache_root
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -80,10 +81,7 @@ def load_sample(
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """The sample's folder: in `cache_dir`, $POLYSPEC_CACHE, $XDG_CACHE_HOME/polyspec or ~/.cache/polyspec."""
-    root = cache_dir or os.environ.get("POLYSPEC_CACHE")
-    if root is None or not str(root):
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyspec"
-    return Path(root).expanduser() / "smollm2-135m-instruct"
+    return cache_root(cache_dir) / "smollm2-135m-instruct"
 
 
 def fetch_sample(cache_dir: str | Path | None = None) -> Path:

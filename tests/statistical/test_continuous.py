@@ -43,7 +43,7 @@ def wrong_sign(points, means_q, means_p, std, *, generator=None):
     row, step = torch.arange(len(points)), (verdict.steps - 1).clamp(min=0)
     token = verdict.accepted.clamp(max=points.shape[1] - 1)
     turned = 2 * means_p[row, token, step] - verdict.start
-    return LatentVerdict(verdict.accepted, verdict.steps, turned, verdict.kept)
+    return LatentVerdict(verdict.accepted, verdict.steps, turned, verdict.kept, verdict.chance)
 
 
 def not_reflected(points, means_q, means_p, std, *, generator=None):
@@ -54,7 +54,7 @@ def not_reflected(points, means_q, means_p, std, *, generator=None):
     row, step = torch.arange(len(points)), (verdict.steps - 1).clamp(min=0)
     mean = means_p[row, verdict.accepted.clamp(max=points.shape[1] - 1), step]
     fresh = mean + std[step, None] * torch.randn(mean.shape, generator=generator)
-    return LatentVerdict(verdict.accepted, verdict.steps, fresh, verdict.kept)
+    return LatentVerdict(verdict.accepted, verdict.steps, fresh, verdict.kept, verdict.chance)
 
 
 def suffix_kept(points, means_q, means_p, std, *, generator=None):
@@ -64,9 +64,8 @@ def suffix_kept(points, means_q, means_p, std, *, generator=None):
         return verdict
     points[:, 0, -1] = torch.where((verdict.accepted == 0)[:, None], verdict.start, points[:, 0, -1])
     behind = torch.where(verdict.accepted == 0, 1, verdict.accepted)
-    return LatentVerdict(
-        behind, torch.where(verdict.accepted == 0, STD.numel(), verdict.steps), points[:, 1, -1], verdict.kept
-    )
+    steps = torch.where(verdict.accepted == 0, STD.numel(), verdict.steps)
+    return LatentVerdict(behind, steps, points[:, 1, -1], verdict.kept, verdict.chance)
 
 
 WRONG = {

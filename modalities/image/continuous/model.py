@@ -29,7 +29,7 @@ SCHEDULER = {
 
 class LatentImageConfig(PreTrainedConfig):
     """Sizes; the scheduler of diffusers' `DDPMScheduler`, how many of its steps are taken and the last one's noise (None: the
-    scheduler's); the latents' mean and deviation, which the model's tokens are without; and guidance_scale."""
+    scheduler's); the latents' mean and deviation (of each channel), which the model's tokens are without; guidance_scale."""
 
     model_type = "polyspec_latent_image"
 
@@ -47,8 +47,8 @@ class LatentImageConfig(PreTrainedConfig):
         scheduler: dict[str, Any] | None = None,
         denoising_steps: int = 50,
         last_std: float | None = None,
-        latent_mean: float = 0.0,
-        latent_std: float = 1.0,
+        latent_mean: float | list[float] = 0.0,
+        latent_std: float | list[float] = 1.0,
         guidance_scale: float = 1.0,
         **kwargs: Any,
     ):
@@ -80,9 +80,10 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
         self.modulation = nn.Linear(size, 3 * size)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        normal = self.norm(x)
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(normal + shift, normal, scale)))
 
 
 class DiffusionHead(nn.Module):
@@ -98,15 +99,24 @@ class DiffusionHead(nn.Module):
         self.leave = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.latent_dim))
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return self.denoise(x, self.modulations(condition, self.times(timesteps)))
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """Embeddings `[.., size]` of timesteps `[..]`."""
         half = self.enter.out_features // 2
-        rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=x.device))
+        rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device))
         angles = timesteps[..., None].float() * rates
-        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
-        # the condition is projected before it is spread over denoising steps
-        mixed = nn.functional.silu(self.condition(condition) + time)
+        return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.enter.weight.dtype))
+
+    def modulations(self, condition: Tensor, times: Tensor) -> Tensor:
+        """`[.., blocks, 3·size]`: half of the head's arithmetic, and known before x is."""
+        mixed = nn.functional.silu(self.condition(condition) + times)
+        return torch.stack([block.modulation(mixed) for block in self.blocks], dim=-2)  # type: ignore[operator]
+
+    def denoise(self, x: Tensor, modulations: Tensor) -> Tensor:
         x = self.enter(x)
-        for block in self.blocks:
-            x = block(x, mixed)
+        for block, modulation in zip(self.blocks, modulations.unbind(-2), strict=True):
+            x = block(x, modulation)
         return self.leave(x)
 
 
@@ -149,7 +159,8 @@ class LatentImageModel(PreTrainedModel):
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` of the VAE -> tokens `[B, grid², D]`."""
         p, n = self.config.patch, self.config.grid
-        x = (latents - self.config.latent_mean) / self.config.latent_std
+        mean, std = self.normalisation(latents)
+        x = (latents - mean) / std
         x = x.unflatten(3, (n, p)).unflatten(2, (n, p))  # [B, C, n, p, n, p]
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -157,7 +168,13 @@ class LatentImageModel(PreTrainedModel):
         """`to_tokens` the other way round."""
         p, n, c = self.config.patch, self.config.grid, self.config.latent_channels
         x = tokens.unflatten(1, (n, n)).unflatten(3, (c, p, p)).permute(0, 3, 1, 4, 2, 5)
-        return x.flatten(4).flatten(2, 3) * self.config.latent_std + self.config.latent_mean
+        mean, std = self.normalisation(tokens)
+        return x.flatten(4).flatten(2, 3) * std + mean
+
+    def normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of latents, each `[C or 1, 1, 1]`."""
+        mean, std = (like.new_tensor(x).view(-1, 1, 1) for x in (self.config.latent_mean, self.config.latent_std))
+        return mean, std
 
     def forward(self, prompts: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """Conditions `[B, L, C]` of all latents, for training: prompts `[B, P]` filled at the right, their lengths `[B]`,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from polyspec import pipelines
-from polyspec.api import generator_of
-from polyspec.decoding.continuous import Continuous, Latents
-from polyspec.distributions import row_seeds
-from polyspec.drafting.continuous import LatentContext
+from polyspec.decoding.continuous import Continuous
 from polyspec.errors import ConfigError, InputError
+from polyspec.latent_streams import draw_latents
 from polyspec.metrics import LatentStats
 from polyspec.modalities.image.continuous.model import LatentImageModel
 from polyspec.outputs import Result
@@ -118,17 +114,10 @@ class ContinuousPipeline:
         progress: Callable[[int], None] | None,
     ) -> tuple[Tensor, LatentStats]:
         """Tokens `[B, grid², D]`."""
-        recipe = self.method.recipe
-        stats = LatentStats(recipe=recipe.name, guarantee=recipe.guarantee)
-        start = time.perf_counter()
-        target = self.model.latent_target(scale)
-        seeds = row_seeds(seed, len(prompts), target.device)
-        sequences = Latents(len(prompts), self.model.config.image_tokens, target.dim, target.device, progress)
-        generator, length = generator_of(seeds), copy(self.method.length)
-        context = LatentContext(target, prompts, sequences, seeds, generator, length, stats, scale)
-        self.loop.run(context, self.method.drafter())
-        stats.wall_seconds = time.perf_counter() - start
-        return sequences.result(), stats
+        target, count = self.model.latent_target(scale), self.model.config.image_tokens
+        return draw_latents(
+            self.method, self.loop, target, prompts, count, seed=seed, guidance=scale, progress=progress
+        )
 
 
 def pictures(pixels: Tensor) -> list[Image.Image]:

@@ -37,7 +37,7 @@ def train_decoder(data: DataConfig, config: DecoderConfig, lm: LMConfig, output:
     model = new_vq_model()
     model.load_state_dict(torch.load(output / "vq.pt", weights_only=True)["model"])
     codes = picture_codes(model, pictures.pixels)
-    train_rows, test = lm_rows(pictures, lm)
+    train_rows, test = lm_rows(pictures, lm.styles, lm.names)
     decoding = nn.ModuleDict({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder})
     optimizer = torch.optim.AdamW(decoding.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
 

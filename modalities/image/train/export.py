@@ -116,7 +116,7 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)  # measured as it will be loaded
     vq = model.model.vqmodel
     use = torch.bincount(tokens.flatten(), minlength=CODEBOOK) / tokens.numel()
-    train, test = lm_rows(pictures, lm)
+    train, test = lm_rows(pictures, lm.styles, lm.names)
     held_out = pictures.pixels[pictures.test]
     captions = Captions.of(pictures, processor.tokenizer, data.aliases)
 

@@ -1,6 +1,6 @@
 """Stage 2, the language model: image tokens given a caption, and given earlier image tokens with mistakes in them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,11 +160,11 @@ def known_captions(data: DataConfig, pictures: Pictures) -> list[str]:
     return [*pictures.captions, *data.aliases.values(), *sorted(set(pictures.styles))]
 
 
-def lm_rows(pictures: Pictures, config: LMConfig) -> tuple[Tensor, Tensor]:
-    """Row numbers of the pictures the language model is to draw, and of those held out, in the styles it draws."""
+def lm_rows(pictures: Pictures, styles: Collection[str], names: Collection[str] | None) -> tuple[Tensor, Tensor]:
+    """Row numbers of the pictures a model is to draw (`names` None: all), and of those held out, in the given styles."""
     drawn = torch.tensor(
         [
-            style in config.styles and (config.names is None or test or caption in config.names)
+            style in styles and (names is None or test or caption in names)
             for caption, style, test in zip(pictures.captions, pictures.styles, pictures.test.tolist(), strict=True)
         ]
     )
@@ -184,7 +184,7 @@ def train_lm(data: DataConfig, config: LMConfig, output: Path) -> JanusForCondit
         model.model.generation_embeddings.weight.copy_(vq.quantize.embedding.weight * vq.config.embed_dim**0.5)
     tokens = picture_codes(vq, pictures.pixels)
     captions = Captions.of(pictures, processor.tokenizer, data.aliases)
-    train, test = lm_rows(pictures, config)
+    train, test = lm_rows(pictures, config.styles, config.names)
 
     objective = ImageObjective(model).train()
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 import tiny_latent
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from recipe_needs import continuous_recipes
@@ -20,8 +23,6 @@ import polyspec.conf
 from polyspec.denoising import ContinuousTarget
 from polyspec.drafting.continuous import LatentDraftModel
 from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError
-from polyspec.lengths import Paying
-from polyspec.metrics import LatentStats
 from polyspec.modalities.image.continuous import LatentImageModel
 from polyspec.recipe import build, find_recipe
 
@@ -34,12 +35,14 @@ def pipe(recipe: str, overrides=None, **config):
 
 
 def test_latents_are_cut_into_tokens_and_put_together_again() -> None:
-    model = tiny_latent.model(latent_mean=0.3, latent_std=2.0)
+    model = tiny_latent.model(latent_mean=[0.3, 0.0, 0.0, 1.0], latent_std=[2.0, 1.0, 1.0, 0.5])
     latents = torch.randn(2, 4, 8, 8)
     tokens = model.to_tokens(latents)
     assert tokens.shape == (2, 16, 16)
     torch.testing.assert_close(model.to_latents(tokens), latents)
-    torch.testing.assert_close(tokens[0, 1].view(4, 2, 2), (latents[0, :, :2, 2:4] - 0.3) / 2)
+    first, _, _, last = tokens[0, 1].view(4, 2, 2)
+    torch.testing.assert_close(first, (latents[0, 0, :2, 2:4] - 0.3) / 2)
+    torch.testing.assert_close(last, (latents[0, 3, :2, 2:4] - 1) / 0.5)
 
 
 @torch.no_grad()
@@ -56,8 +59,9 @@ def test_the_target_gives_the_models_conditions_whatever_was_rolled_back() -> No
     for width, keep in ((3, [1, 3]), (4, [2, 1]), (5, [5, 4])):
         slots = torch.tensor(kept)[:, None] + torch.arange(width)
         fed = tokens.gather(1, (slots - 1).clamp(min=0)[..., None].expand(-1, -1, 16))
-        found = target.forward(fed)[:, :, 0]
-        torch.testing.assert_close(found, whole.gather(1, slots[..., None].expand_as(found)), atol=1e-4, rtol=1e-4)
+        hidden = whole.gather(1, slots[..., None].expand(-1, -1, whole.shape[-1]))
+        found, expected = target.forward(fed), target.conditions(hidden.unsqueeze(2))
+        torch.testing.assert_close(found[:, :, :, :1], expected, atol=1e-4, rtol=1e-4)
         kept = [n + k for n, k in zip(kept, keep, strict=True)]
         target.rollback(kept)
 
@@ -69,7 +73,8 @@ def test_guidance_combines_two_streams_in_one_head_call() -> None:
     condition, x = torch.randn(2, 2, 32), torch.randn(2, 16)
     with_words, without = (model.head(x, guided.sampler.timesteps[step], condition[:, g]) for g in range(2))
     expected = guided.sampler.mean(without + 2 * (with_words - without), x, step)
-    torch.testing.assert_close(guided.means(condition, x, step), expected)
+    prepared = guided.conditions(condition.unsqueeze(1))[:, 0]
+    torch.testing.assert_close(guided.means(prepared, x, step), expected)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -114,17 +119,6 @@ def test_a_window_of_steps_saves_head_calls() -> None:
         for w in (1, 6)
     ]
     assert calls[0] == 16 * 30 and calls[1] < calls[0]
-
-
-def test_drafting_stops_where_it_does_not_pay() -> None:
-    policy, stats = Paying(3, draft_cost=0.5, trial=2), LatentStats()
-    policy.begin(type("Run", (), {"target": type("Any", (), {"sampler": range(10)})})())  # type: ignore[arg-type]
-    for _ in range(2):
-        assert policy.next() == 3
-        stats.head_calls, stats.draft_head_calls = stats.head_calls + 11, stats.draft_head_calls + 30
-        policy.observe(3, [1, 1], stats)
-    assert policy.next() == 0
-    assert any(policy.next() or policy.observe(0, [1, 1], stats) for _ in range(8)), "it is tried again"
 
 
 def bad_sampler(**config):
@@ -176,6 +170,36 @@ def test_bad_input_is_refused_with_what_to_change(case: str) -> None:
         call()
 
 
+def saved(folder: Path) -> Path:
+    """The tiny target as a folder."""
+    model, words, vae, draft = tiny_latent.target()
+    for part, place in ((model, ""), (words, ""), (vae, "vae"), (draft, "draft"), (words, "draft")):
+        part.save_pretrained(folder / place)
+    return folder
+
+
+def bench(*changes: str) -> None:
+    with initialize_config_module("polyspec.conf", version_base="1.3"):
+        config = compose("config", ["task=bench", "modality=image", "bench=image_continuous", "device=cpu", *changes])
+    instantiate(config.task.run)(config)
+
+
+def test_the_bench_reports_speed_calls_and_acceptance_beside_its_bound(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYSPEC_CACHE", str(tmp_path))
+    settings = ("bench.count=1", "bench.batches=[1,2]", "bench.repeats=1")
+    recipes = "bench.recipes=[{name:reflection,overrides:{length:2}}]"
+    bench(f"target={saved(tmp_path / 'model')}", recipes, *settings)
+    folder = tmp_path / "bench-image-continuous"
+    plain, drafted, *_ = json.loads((folder / "results.json").read_text())["results"]
+    assert plain["head_calls"] == tiny_latent.STEPS and plain["ar_calls"] == 1 and plain["speed_up"] == 1
+    assert drafted["draft_head_calls"] > 0 and 0 < drafted["bound"] < 1
+    assert len(drafted["accepted_by_step"]) == len(drafted["bound_by_step"]) == tiny_latent.STEPS
+    assert all((folder / name).stat().st_size > 1000 for name in ("results.png", "steps.png"))
+    with pytest.raises(InputError, match="models of continuous tokens"):
+        bench("bench.count=1")
+
+
 def pictures_file(path: Path) -> Path:
     """Eight pictures in the training file's format."""
     rows = []
@@ -195,7 +219,8 @@ def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_pa
         {
             "data": {"path": str(pictures_file(tmp_path / "pictures.parquet"))},
             "vae": {"budget": {"steps": 2, "minutes": None}, "channels": [8, 8, 8, 8], "batch": 2},
-            "schedule": {"steps": 2, "minutes": None, "batch": 2},
+            "drawn": {"styles": ["plain"], "names": None},
+            "schedules": {name: {"steps": 2, "minutes": None, "batch": 2, "seed": 0} for name in ("target", "draft")},
             "sampler": {"denoising_steps": 3},
             "target": small,
             "draft": small,
@@ -204,14 +229,13 @@ def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_pa
             "seed": 0,
         }
     )
-    config.schedule.seed = 0
     module, _, function = config.entry.partition(":")
     train = getattr(import_module(module), function)
     folder = train(config)
     first = LatentImageModel.from_pretrained(folder).state_dict()
     again = LatentImageModel.from_pretrained(train(config)).state_dict()  # the budget is spent: nothing moves
     assert all(torch.equal(first[k], again[k]) for k in first)
-    made = polyspec.pipeline("image", target=str(folder), device="cpu")
+    made = polyspec.pipeline("image", target=str(folder), device="cpu", overrides={"length": 2})
     result = made("red heart", seed=0)
     assert made.method.recipe.name == "reflection" and result.outputs[0].size == (64, 64)
     assert result.stats.draft_calls > 0, "the folder's draft model is taken"
