@@ -8,6 +8,7 @@ that SmolLM2 has and does not use in chats, so the vocabulary, and every drafter
 from __future__ import annotations
 
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaConfig,
@@ -22,7 +24,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     SiglipImageProcessorPil,
-    SiglipVisionModel,
 )
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector
 
@@ -54,7 +55,7 @@ class Eyes(PreTrainedModel):
 
     def __init__(self, config: EyesConfig):
         super().__init__(config)
-        self.vision_tower = SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.post_init()
 
@@ -121,7 +122,7 @@ def make_processor(config: EyesConfig, language_folder: Path) -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        patch_size=vision.patch_size,
+        patch_size=vision.image_size // math.isqrt(config.image_seq_length),  # a token's side, in pixels
         vision_feature_select_strategy="full",
         image_token=PLACEHOLDER,
         chat_template=TEMPLATE,
