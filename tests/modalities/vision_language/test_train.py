@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from tiny_llava import picture, save_language
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlavaForConditionalGeneration
 
 import polyspec
 from polyspec.modalities.vision_language import sample
@@ -68,9 +68,17 @@ def test_training_continues_where_it_stopped_and_leaves_a_target(
     assert after["loss"] < 0.75 * before["loss"], "the frozen model's answers follow the picture's caption"
     assert set(report["test"]) == {"with_image", "without_image"}
     monkeypatch.setattr(sample, "fetch_sample", lambda: tmp_path / "language")
+    monkeypatch.setenv("POLYSPEC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
     pipe = polyspec.pipeline("vision_language", target=str(tmp_path / "out"), device="cpu", dtype="float32")
     images = [e.image for e in read_examples([data], "test")]
+    whole = sample.assembled_folder(tmp_path / "out")
+    model, processor = LlavaForConditionalGeneration.from_pretrained(whole), AutoProcessor.from_pretrained(whole)
+    plain = polyspec.pipeline("vision_language", target=(model.float().eval(), processor), recipe="autoregressive")
     answers = pipe(["What is in the picture?"] * 3, images, max_new_tokens=8, do_sample=False)
+    again = plain(["What is in the picture?"] * 3, images, max_new_tokens=8, do_sample=False)
+    assert again.outputs == answers.outputs, "plain transformers loads the assembled folder"
+    assert sample.assembled_folder(tmp_path / "out") == whole
     assert (
         len(answers.outputs) == 3
         and answers.outputs != pipe(["What is in the picture?"] * 3, max_new_tokens=8, do_sample=False).outputs
