@@ -35,7 +35,7 @@ def read_examples(paths: Sequence[str], split: str, alike: int = 60) -> list[Exa
     for path in paths:
         if not Path(path).is_file():
             raise CheckpointError(f"there is no {path}; set train.data.paths=[…] to parquet files with images")
-        table = pandas.read_parquet(path)
+        table: Any = pandas.read_parquet(path)
         title = "title" if "title" in table else "caption"
         keywords = "keywords" if "keywords" in table else "tags"
         if lacking := [c for c in ("image", title, keywords, "split") if c not in table]:

@@ -46,6 +46,8 @@ class WordEyes(PreTrainedModel):
 
     config_class: ClassVar[type[EyesConfig]] = EyesConfig
     base_model_prefix = "eyes"
+    centre: Tensor
+    table: Tensor
 
     def __init__(self, config: EyesConfig, table: Tensor):
         super().__init__(config)
