@@ -13,24 +13,23 @@ Recipes that promise the plain loop's own tokens (temperature 0, shared Gumbel n
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from polyspec import pipelines
 from polyspec.bench.overlap import watched
+from polyspec.bench.report import machine, notes, plot, plot_positions, plot_quality, table
 from polyspec.errors import InputError
 from polyspec.metrics import DecodingStats
 from polyspec.outputs import Audio
@@ -49,13 +48,25 @@ class Contestant:
     seconds: list[float] = field(default_factory=list)
     stats: list[DecodingStats] = field(default_factory=list)
     overlap: tuple[float, float] | None = None  # of drawn drafts: share accepted, 1 − TV(p, q)
-    outputs: list[str] = field(default_factory=list)  # fingerprints, in the order of the prompts and runs
+    outputs: list[list[str]] = field(default_factory=list)  # fingerprints of each run's outputs
+
+    def only(self, runs: Sequence[int]) -> Contestant:
+        """The same with some of the runs alone."""
+        kept = {name: [getattr(self, name)[i] for i in runs] for name in ("seconds", "stats", "outputs")}
+        return replace(self, **kept)
 
     @property
     def tokens_per_call(self) -> float:
         """Over all runs."""
         calls = sum(s.row_calls for s in self.stats)
         return sum(s.new_tokens for s in self.stats) / calls if calls else 1.0
+
+    @property
+    def mbsu(self) -> float:
+        """Memory-bound speed-up (2404.08856) over all runs: tokens per call where reading weights is all that costs."""
+        calls = sum(s.target_calls for s in self.stats)
+        drafts = sum(s.draft_ratio * s.draft_calls for s in self.stats)
+        return self.tokens_per_call / (1 + drafts / calls) if calls else 1.0
 
     @property
     def rows(self) -> float:
@@ -90,26 +101,21 @@ def run(config: DictConfig) -> None:
     prompts = evaluate.bench_prompts(settings["prompts"])[: settings["count"]]
     if not prompts:
         raise InputError(f"bench.prompts={settings['prompts']} holds no prompt")
-    batches = [prompts[i : i + settings["batch"]] for i in range(0, len(prompts), settings["batch"])]
     plain = make_pipeline(config, "autoregressive")
     contestants = [Contestant("transformers", None), Contestant("plain loop", plain)]
     entries = [config.recipe] if config.get("recipe") else settings["recipes"]
     for entry in entries:
         contestants.append(contestant(config, entry, plain.loaded))
     arguments = {**settings["arguments"], **{k: v for k, v in config.sampling.items() if v is not None}}
-    with Progress(console=console, transient=True) as bar:
-        job = bar.add_task("bench", total=(settings["repeats"] * len(batches) + 2) * len(contestants) - 2)
-        for number, batch in enumerate([batches[0], *(batches * settings["repeats"])]):
-            for c in contestants:
-                seconds, stats, outputs = measure(c, evaluate, plain, batch, arguments, config.seed)
-                if number > 0:  # the first batch warms up
-                    c.seconds.append(seconds)
-                    c.stats.append(stats)
-                    c.outputs += outputs
-                bar.advance(job)
-        for c in contestants[2:]:  # counting takes time, so not in the runs that are timed
-            c.overlap = overlap(c, batches[:WATCHED], arguments, config.seed)
-            bar.advance(job)
+    sizes = settings["batch"] if isinstance(settings["batch"], list) else [settings["batch"]]
+    parts: list[dict[str, Any]] = []
+    for size in sizes:
+        fresh = [replace(c, seconds=[], stats=[], outputs=[], overlap=None) for c in contestants]
+        batches = batches_of(prompts, size)
+        time_all(fresh, evaluate, plain, batches, settings["repeats"], arguments, config.seed, console)
+        parts += measured_parts(
+            fresh, evaluate, plain, batches, arguments, settings, f"batch {size}" if len(sizes) > 1 else ""
+        )
     report = {
         "machine": machine(),
         "modality": config.modality.name,
@@ -118,7 +124,8 @@ def run(config: DictConfig) -> None:
         "seed": config.seed,
         "settings": settings,
         "arguments": arguments,
-        "results": results(contestants, evaluate, plain, batches[0], arguments, settings.get("large_target")),
+        "results": parts[0]["results"],
+        **({"sections": parts} if len(parts) > 1 else {}),
     }
     if (settings.get("quality") or {}).get("path"):
         report["quality"] = quality(config, contestants, settings["quality"], arguments, console)
@@ -127,16 +134,85 @@ def run(config: DictConfig) -> None:
         path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     with whole_file(folder / "results.png") as path:
         plot(report, path)
-    if any(r["accepted_by_position"] for r in report["results"]):
+    if any(r["accepted_by_position"] for part in parts for r in part["results"]):
         with whole_file(folder / "positions.png") as path:
             plot_positions(report, path)
     if "quality" in report:
         with whole_file(folder / "quality.png") as path:
             plot_quality(report, path)
-    console.print(table(report))
-    for line in notes(report):
-        console.print(line, markup=False, highlight=False)
+    for part in parts:
+        console.print(table(report, part["name"], part["results"]))
+        for line in notes(report, part["results"]):
+            console.print(line, markup=False, highlight=False)
     console.print(f"wrote {folder / 'results.json'} and {folder / 'results.png'}", markup=False, highlight=False)
+
+
+def kind_of(prompt: Any) -> str:
+    """What a prompt is measured apart as; most are of no kind."""
+    return getattr(prompt, "kind", "")
+
+
+def batches_of(prompts: Sequence[Any], size: int) -> list[list[Any]]:
+    """Prompts in batches, each of one kind."""
+    kinds: dict[str, list[Any]] = {}
+    for prompt in prompts:
+        kinds.setdefault(kind_of(prompt), []).append(prompt)
+    return [own[i : i + size] for own in kinds.values() for i in range(0, len(own), size)]
+
+
+def time_all(
+    contestants: Sequence[Contestant],
+    evaluate: Any,
+    plain: Any,
+    batches: Sequence[Sequence[Any]],
+    repeats: int,
+    arguments: Mapping[str, Any],
+    seed: int,
+    console: Console,
+) -> None:
+    """Run every contestant on every batch in turn, `repeats` times, and note what that took."""
+    with Progress(console=console, transient=True) as bar:
+        job = bar.add_task("bench", total=(repeats * len(batches) + 2) * len(contestants) - 2)
+        for number, batch in enumerate([batches[0], *(list(batches) * repeats)]):
+            for c in contestants:
+                if number == 0 and hasattr(evaluate, "prepare"):
+                    evaluate.prepare(c.pipe, batches)
+                seconds, stats, outputs = measure(c, evaluate, plain, batch, arguments, seed)
+                if number > 0:  # the first batch warms up
+                    c.seconds.append(seconds)
+                    c.stats.append(stats)
+                    c.outputs.append(outputs)
+                bar.advance(job)
+        for c in contestants[2:]:  # counting takes time, so not in the runs that are timed
+            c.overlap = overlap(c, evaluate, batches[:WATCHED], arguments, seed)
+            bar.advance(job)
+
+
+def measured_parts(
+    contestants: Sequence[Contestant],
+    evaluate: Any,
+    plain: Any,
+    batches: Sequence[Sequence[Any]],
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    name: str,
+) -> list[dict[str, Any]]:
+    """Results of all runs, and where prompts are of several kinds, of each kind's."""
+    rates = unhindered(contestants, evaluate, plain, batches[0], arguments)
+    kinds = [kind_of(batch[0]) for batch in batches]
+    parts = []
+    for kind in ["", *(dict.fromkeys(kinds) if len(set(kinds)) > 1 else ())]:
+        runs = [i for i in range(len(contestants[0].seconds)) if kind in ("", kinds[i % len(kinds)])]
+        found = [c.only(runs) for c in contestants]
+        rows = results(found, rates, plain, batches[0], arguments, settings.get("large_target"))
+        parts.append({"name": ", ".join(part for part in (name, kind) if part), "results": rows})
+    return parts
+
+
+def ask(evaluate: Any, pipe: Any, batch: Sequence[Any], **arguments: Any) -> Any:
+    """A pipeline's answer to a batch, as the modality asks it; most take the prompts alone."""
+    asking = getattr(evaluate, "ask", None)
+    return pipe(list(batch), **arguments) if asking is None else asking(pipe, batch, **arguments)
 
 
 def contestant(config: DictConfig, entry: Any, loaded: tuple[Any, Any]) -> Contestant:
@@ -149,8 +225,9 @@ def contestant(config: DictConfig, entry: Any, loaded: tuple[Any, Any]) -> Conte
         pipe = make_pipeline(OmegaConf.merge(config, {"target": None}), str(entry.name), target=loaded)  # type: ignore[arg-type]
         return Contestant(str(entry.name), pipe)
     name, overrides = (entry, {}) if isinstance(entry, str) else (entry["name"], entry.get("overrides", {}))
-    shown = ", ".join(f"{k}={v}" for k, v in overrides.items() if "/" not in str(v))
+    shown = ", ".join(f"{k}={v}" for k, v in overrides.items() if v is not None and "/" not in str(v))
     if name == "transformers":
+        shown = ", ".join(k if v is None or "/" in str(v) else f"{k}={v}" for k, v in overrides.items())
         return Contestant(f"{name} {shown}".strip(), None, overrides)
     pipe = pipelines.pipeline(config.modality.name, target=loaded, recipe=name, overrides=overrides)
     return Contestant(f"{name} {shown}".strip(), pipe)
@@ -169,7 +246,7 @@ def measure(
         tokens = evaluate.transformers_generate(plain, batch, **arguments)
         stats = DecodingStats(recipe=c.label, new_tokens=tokens)
     else:
-        result = c.pipe(list(batch), seed=seed, **arguments)
+        result = ask(evaluate, c.pipe, batch, seed=seed, **arguments)
         stats, made = result.stats, result.outputs
     synchronise()
     seconds = (time.perf_counter() - start) / max(stats.new_tokens, 1)
@@ -198,11 +275,12 @@ def positions(stats: Sequence[DecodingStats]) -> list[float]:
 
 def same_outputs(c: Contestant, loop: Contestant, do_sample: bool | None) -> float | None:
     """The share of outputs that are the plain loop's; None where the recipe does not promise them."""
-    if c.pipe is None or c is loop or c.stats[0].guarantee != "exact" or len(c.outputs) != len(loop.outputs):
+    own, plain = ([o for run in runs for o in run] for runs in (c.outputs, loop.outputs))
+    if c.pipe is None or c is loop or c.stats[0].guarantee != "exact" or len(own) != len(plain):
         return None
     if do_sample and c.pipe.method.draws != "coupled":
         return None
-    return sum(a == b for a, b in zip(c.outputs, loop.outputs, strict=True)) / max(1, len(c.outputs))
+    return sum(a == b for a, b in zip(own, plain, strict=True)) / max(1, len(own))
 
 
 def at_large_target(c: Contestant, rows: int, model: Mapping[str, Any]) -> float:
@@ -216,14 +294,14 @@ def at_large_target(c: Contestant, rows: int, model: Mapping[str, Any]) -> float
 
 
 def overlap(
-    c: Contestant, batches: Sequence[Sequence[str]], arguments: Mapping[str, Any], seed: int
+    c: Contestant, evaluate: Any, batches: Sequence[Sequence[Any]], arguments: Mapping[str, Any], seed: int
 ) -> tuple[float, float] | None:
     """The share of drawn drafts that is accepted and 1 − TV(p, q), over `batches`; None where none are drawn."""
     if c.pipe is None:
         return None
     with watched(c.pipe.method.loop) as seen:
         for batch in batches:
-            c.pipe(list(batch), seed=seed, **{**arguments, **c.arguments})
+            ask(evaluate, c.pipe, batch, seed=seed, **{**arguments, **c.arguments})
             if seen.figures is None:
                 break
     return seen.figures
@@ -231,21 +309,24 @@ def overlap(
 
 def streams(plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]) -> int:
     """Rows in a target call: two a prompt under guidance."""
-    scale = plain.settings(**arguments)["guidance_scale"] if hasattr(plain, "settings") else arguments.get("guidance_scale")
+    scale = (
+        plain.settings(**arguments)["guidance_scale"] if hasattr(plain, "settings") else arguments.get("guidance_scale")
+    )
     return len(batch) * (2 if scale not in (None, 1, 1.0) else 1)
 
 
 def results(
     contestants: Sequence[Contestant],
-    evaluate: Any,
+    rates: Mapping[str, float],
     plain: Any,
     batch: Sequence[str],
     arguments: Mapping[str, Any],
     large_target: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """One dict a contestant: ratios against transformers and the plain loop, ceiling, efficiency, acceptance."""
+    """One dict a contestant: ratios against transformers and the plain loop, ceiling, efficiency, acceptance.
+
+    rates: tokens a second of each if nothing but its target calls took time, over all prompts."""
     reference, loop = contestants[0], contestants[1]
-    rates = unhindered(contestants, evaluate, plain, batch, arguments)
     do_sample = plain.settings(**arguments)["do_sample"] if hasattr(plain, "settings") else arguments.get("do_sample")
     if do_sample is None:
         do_sample = bool(plain.model.generation_config.do_sample)
@@ -261,6 +342,7 @@ def results(
                 "speed_up": statistics.median(ratios),
                 "speed_up_over_plain_loop": statistics.median(plain_ratios),
                 "tokens_per_call": c.tokens_per_call,
+                "mbsu": c.mbsu,
                 "tokens_scored_per_call": c.tokens_scored,
                 "ceiling": ceiling,
                 "efficiency": statistics.median(plain_ratios) / ceiling,
@@ -308,133 +390,6 @@ def quality(
         shown.add_row(label, *(f"{figures[n]:.3g}" if n in figures else "" for n in names))
     console.print(shown)
     return found
-
-
-def table(report: Mapping[str, Any]) -> Table:
-    """The printed form of a report."""
-    title = f"{report['modality']}, {report['device']}, {report['dtype']}"
-    # narrow enough for a terminal of 80 columns
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    overlaps = any(r["one_minus_tv"] is not None for r in report["results"])
-    columns = ["speed\nup", "over\nloop", "tok/\ncall", "nodes\n/call", "ceil-\ning", "effi-\ncient", "tok/s"]
-    shown.add_column("", overflow="fold", min_width=12)
-    shown.add_column("guar-\nantee", overflow="fold")
-    for column in [*columns, *(["kept/\n1−TV"] if overlaps else [])]:
-        shown.add_column(column, justify="right", no_wrap=True)
-    for r in report["results"]:
-        own = r["guarantee"] != ""  # transformers' generate does not tell how many calls it made
-        figures = (
-            f"{r['speed_up']:.2f}",
-            f"{r['speed_up_over_plain_loop']:.2f}",
-            f"{r['tokens_per_call']:.2f}" if own else "",
-            f"{r['tokens_scored_per_call']:.1f}" if own else "",
-            f"{r['ceiling']:.2f}" if own else "",
-            f"{r['efficiency']:.2f}" if own else "",
-            f"{r['tokens_per_second']:.1f}",
-            *([] if not overlaps else [overlap_cell(r)]),
-        )
-        shown.add_row(r["label"], r["guarantee"], *figures)
-    return shown
-
-
-def overlap_cell(result: Mapping[str, Any]) -> str:
-    if result["one_minus_tv"] is None:
-        return ""
-    return f"{result['accepted_of_tried']:.2f}/{result['one_minus_tv']:.2f}".replace("0.", ".")
-
-
-def notes(report: Mapping[str, Any]) -> list[str]:
-    """Lines below the table: outputs equal to the plain loop's, and what the tokens per call are worth elsewhere."""
-    lines = []
-    same = {r["label"]: r["same_as_plain_loop"] for r in report["results"] if r["same_as_plain_loop"] is not None}
-    if same:
-        shares = ", ".join(f"{label} {share:.0%}" for label, share in same.items())
-        lines.append(f"outputs identical to the plain loop's, of those that should be: {shares}")
-    if large := report["settings"].get("large_target"):
-        worth = [r for r in report["results"] if r["guarantee"]]
-        shares = ", ".join(f"{r['label']} {r['at_large_target']:.2f}×" for r in worth)
-        lines.append(f"the same tokens per call on {large['name']} (stated, not measured): {shares}")
-    return lines
-
-
-def plot_positions(report: Mapping[str, Any], path: Path) -> None:
-    """Acceptance by position in the draft or window, a line a contestant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for r in report["results"]:
-        if shares := r["accepted_by_position"]:
-            axis.plot(range(1, len(shares) + 1), shares, marker=".", label=r["label"])
-    axis.set_xlabel("position")
-    axis.set_ylabel("accepted, of those tried")
-    axis.set_ylim(0, 1.02)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Speed-up beside tokens per call and ceiling, one group of bars a contestant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = report["results"]
-    figure, axis = plt.subplots(figsize=(2 + 1.6 * len(rows), 4.2), layout="constrained")
-    series = (
-        ("speed_up", "speed-up over transformers"),
-        ("ceiling", "ceiling"),
-        ("tokens_per_call", "tokens per call"),
-    )
-    for offset, (key, label) in enumerate(series):
-        values = [r[key] for r in rows]
-        bars = axis.bar([i + 0.27 * (offset - 1) for i in range(len(rows))], values, 0.25, label=label)
-        axis.bar_label(bars, fmt="%.2f", fontsize=7)
-    axis.set_xticks(range(len(rows)), [f"{r['label']}\n{r['guarantee']}" for r in rows], fontsize=8)
-    axis.axhline(1, color="grey", linewidth=0.8)
-    axis.set_title(f"{report['modality']}, {report['dtype']} on {report['machine']['processor']}", fontsize=9)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
-
-
-def plot_quality(report: Mapping[str, Any], path: Path) -> None:
-    """Each measure of quality against the speed-up, a point a contestant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    speed = {r["label"]: r["speed_up"] for r in report["results"]}
-    found = {label: figures for label, figures in report["quality"].items() if label in speed}
-    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for label, figures in found.items():
-            axis.plot(speed[label], figures[name], "o")
-            axis.annotate(label, (speed[label], figures[name]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axis.set_xlabel("speed-up over transformers")
-        axis.set_ylabel(name)
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import transformers
-
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": accelerator or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def synchronise() -> None:

@@ -34,7 +34,9 @@ class Ask(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     history: Ids | None = Field(None, description="item ids, oldest first")
-    user: StrictInt | str | None = Field(None, description="a user whose history the service knows, instead of a history")
+    user: StrictInt | str | None = Field(
+        None, description="a user whose history the service knows, instead of a history"
+    )
     k: StrictInt = Field(10, ge=1, le=1000, description="how many items")
     allow: Ids | None = Field(None, description="item ids to choose among")
     deny: Ids | None = Field(None, description="item ids to leave out")

@@ -66,7 +66,9 @@ class ModelConfig:
         for name in ("hidden_size", "layers", "heads"):
             positive(name, getattr(self, name))
         if not (0 <= self.dropout < 1 and 0 <= self.item_dropout < 1):
-            raise ConfigError(f"dropout and item_dropout must lie in [0, 1), got {self.dropout} and {self.item_dropout}")
+            raise ConfigError(
+                f"dropout and item_dropout must lie in [0, 1), got {self.dropout} and {self.item_dropout}"
+            )
 
     def build(self, vocab_size: int, context: int, seed: int) -> LlamaForCausalLM:
         torch.manual_seed(seed)
@@ -264,7 +266,14 @@ class AtSpeedObjective:
 
 
 def measure(
-    model: Any, items: Items, found: Interactions, *, k: int = 10, beams: int = 50, users: int | None = None, batch: int = 32
+    model: Any,
+    items: Items,
+    found: Interactions,
+    *,
+    k: int = 10,
+    beams: int = 50,
+    users: int | None = None,
+    batch: int = 32,
 ) -> dict[str, float]:
     """Recall@k and NDCG@k on the test users, of the recommender and of popularity; what a user has seen is not offered
     again, to either."""
@@ -275,7 +284,9 @@ def measure(
     lists: list[list[int]] = []
     for first in tqdm(range(0, len(chosen), batch), desc="measuring", unit=" batches"):
         rows: Sequence[Example] = chosen[first : first + batch]
-        found_rows = pipe([e.history for e in rows], k=k, beams=max(k, beams), deny=[set(e.history) for e in rows]).outputs
+        found_rows = pipe(
+            [e.history for e in rows], k=k, beams=max(k, beams), deny=[set(e.history) for e in rows]
+        ).outputs
         lists += [[r.item_id for r in row] for row in found_rows]
     scores: dict[str, Callable[..., float]] = {"recall": evaluate.recall, "ndcg": evaluate.ndcg}
     return {

@@ -20,8 +20,12 @@ def bench_prompts(prompts: str | Sequence[str]) -> list[str]:
 def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -> int:
     """Answer with plain `generate`; the number of new tokens, padding not counted."""
     inputs = pipe.encode(prompts)
-    ids = pipe.model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
-    ends = pipe.model.generation_config.eos_token_id
+    return count_new(pipe.model, pipe.model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :])
+
+
+def count_new(model: Any, ids: torch.Tensor) -> int:
+    """Tokens of `ids [B, L]` up to and with each row's first end."""
+    ends = model.generation_config.eos_token_id
     ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=ids.device)
     finished = torch.isin(ids, ends).long().cumsum(1)
     return int(((finished == 0) | ((finished == 1) & torch.isin(ids, ends))).sum())

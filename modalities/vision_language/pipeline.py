@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from os import PathLike
 from typing import Any
 
@@ -20,13 +21,20 @@ from polyspec.outputs import Result
 
 DEFAULT_RECIPE = "prompt_lookup"
 SAMPLE = "llava-smollm2"
+CAPTION, CAPTION_TOKENS = "What is in the picture?", 24  # asked of a target that captions for its own drafter
+KEPT_CAPTIONS = 4096  # before they are made anew
+
+
+def fingerprint(picture: Image.Image) -> bytes:
+    return sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).digest()
 
 
 class Pipeline:
     """Answers prompts about images. See `polyspec.pipeline` for the arguments.
 
     target: a folder or hub id, or a (model, processor) pair. Prompts go through the processor's chat template if it has
-    one. Among the overrides of `ibed` and `tabed`, captioner may be a callable PIL image -> caption.
+    one. Among the overrides of `ibed` and `tabed`, captioner may be a callable PIL image -> caption, or "target": the
+    target itself, asked once for every picture.
     """
 
     def __init__(
@@ -39,11 +47,15 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
     ):
         overrides = dict(overrides or {})
-        self.captioner: Callable[[Image.Image], str] | None = overrides.get("captioner")
+        captioner = overrides.get("captioner")
+        if captioner is not None and captioner != "target" and not callable(captioner):
+            raise ConfigError(f'captioner must be a callable PIL image -> caption, or "target", got {captioner!r}')
+        self.captioner: Callable[[Image.Image], str] | None = self.own_caption if captioner == "target" else captioner
+        self.captions: dict[bytes, list[int]] = {}
         if self.captioner is not None:
             overrides["captioner"] = self.caption
-        sample = SAMPLE if pipelines.is_from(target, sample_folder()) else None
-        self.method = pipelines.choose("vision_language", recipe, DEFAULT_RECIPE, overrides, sample)
+        self.sample = SAMPLE if pipelines.is_from(target, sample_folder()) else None
+        self.method = pipelines.choose("vision_language", recipe, DEFAULT_RECIPE, overrides, self.sample)
         device = device or pipelines.default_device()
         kind = pipelines.as_dtype(dtype, device)
         if isinstance(target, tuple):
@@ -71,9 +83,25 @@ class Pipeline:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def caption(self, row: int, number: int) -> list[int]:
-        """The tokens of the caption of a row's image, from the user's captioner."""
+        """The tokens of the caption of a row's image."""
+        return self.captions[fingerprint(self.pictures[row][number])]
+
+    def describe(self, pictures: Sequence[Sequence[Image.Image]]) -> None:
+        """Have the captioner caption what it has not yet, and keep the captions' tokens."""
         assert self.captioner is not None
-        return self.tokenizer(self.captioner(self.pictures[row][number]), add_special_tokens=False)["input_ids"]
+        if len(self.captions) > KEPT_CAPTIONS:
+            self.captions.clear()
+        for picture in (one for own in pictures for one in own):
+            key = fingerprint(picture)
+            if key not in self.captions:
+                said = self.captioner(picture)
+                self.captions[key] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+
+    def own_caption(self, picture: Image.Image) -> str:
+        """What the target says is in the picture."""
+        inputs = self.encode([CAPTION], [[picture]])
+        ids = self.model.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False)
+        return self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def encode(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
         """Prompts and their pictures as the model's inputs, padded on the left, on its device."""
@@ -127,6 +155,8 @@ class Pipeline:
             raise ConfigError(f"max_new_tokens must be ≥ 1, got {max_new_tokens}")
         self.pictures = images_of_prompts(image, len(prompts))
         inputs = self.encode(prompts, self.pictures)
+        if self.captioner is not None:
+            self.describe(self.pictures)
         if progress is not None and streamer is None:
             streamer = ProgressStreamer(progress)
         fast = CustomGenerate(self.method, seed=seed, streamer=streamer)

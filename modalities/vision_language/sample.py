@@ -7,14 +7,20 @@ that SmolLM2 has and does not use in chats, so the vocabulary, and every drafter
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaConfig,
@@ -22,12 +28,11 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     SiglipImageProcessorPil,
-    SiglipVisionModel,
 )
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector
 
 from polyspec.errors import CheckpointError
-from polyspec.modalities.text.sample import fetch_sample
+from polyspec.modalities.text.sample import cache_folder, fetch_sample
 from polyspec.pipelines import load
 
 PLACEHOLDER = "<jupyter_output>"
@@ -54,7 +59,7 @@ class Eyes(PreTrainedModel):
 
     def __init__(self, config: EyesConfig):
         super().__init__(config)
-        self.vision_tower = SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.post_init()
 
@@ -113,6 +118,32 @@ def assemble(
     return model.to(device=device, dtype=dtype).eval(), make_processor(eyes.config, language_folder)  # type: ignore[call-overload]
 
 
+def assembled_folder(folder: str | Path | None = None) -> Path:
+    """The sample as an ordinary LLaVA, 280 MB, for `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor` of
+    plain transformers; made when first asked for, beside the language model in its cache and in its dtype.
+
+    folder: as for `load_sample`. Raises CheckpointError, also where the cache cannot be written."""
+    folder = Path(folder or sample_folder())
+    kept = load(AutoConfig.from_pretrained, fetch_sample()).dtype or torch.float32
+    model, processor = load_sample(kept, folder=folder)
+    with open(folder / "model.safetensors", "rb") as file:
+        mark = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    whole = cache_folder().with_name(f"{folder.name}-{mark}")
+    staging = whole.with_name(whole.name + ".partial")
+    try:
+        with FileLock(whole.with_name(whole.name + ".lock")):
+            if not (whole / "config.json").is_file():
+                shutil.rmtree(staging, ignore_errors=True)
+                model.save_pretrained(staging)
+                processor.save_pretrained(staging)
+                staging.replace(whole)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot store the assembled model in {whole} ({error}); make room there or set POLYSPEC_CACHE elsewhere"
+        ) from error
+    return whole
+
+
 def make_processor(config: EyesConfig, language_folder: Path) -> LlavaProcessor:
     """Pictures at the tower's size, prompts with a placeholder for every patch."""
     vision: Any = config.vision_config
@@ -121,7 +152,7 @@ def make_processor(config: EyesConfig, language_folder: Path) -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        patch_size=vision.patch_size,
+        patch_size=vision.image_size // math.isqrt(config.image_seq_length),  # a token's side, in pixels
         vision_feature_select_strategy="full",
         image_token=PLACEHOLDER,
         chat_template=TEMPLATE,
