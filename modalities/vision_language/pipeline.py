@@ -20,7 +20,7 @@ from polyspec.modalities.vision_language.sample import is_sample, load_sample, s
 from polyspec.outputs import Result
 
 DEFAULT_RECIPE = "prompt_lookup"
-SAMPLE = "llava-smollm2"
+SAMPLE = "smollm2-135m-instruct"  # its language model, for which drafters are shipped
 CAPTION, CAPTION_TOKENS = "What is in the picture?", 24  # asked of a target that captions for its own drafter
 KEPT_CAPTIONS = 4096  # before they are made anew
 
@@ -54,7 +54,8 @@ class Pipeline:
         self.captions: dict[bytes, list[int]] = {}
         if self.captioner is not None:
             overrides["captioner"] = self.caption
-        self.sample = SAMPLE if pipelines.is_from(target, sample_folder()) else None
+        known = pipelines.is_from(target, sample_folder()) or (not isinstance(target, tuple) and is_sample(target))
+        self.sample = SAMPLE if known else None
         self.method = pipelines.choose("vision_language", recipe, DEFAULT_RECIPE, overrides, self.sample)
         device = device or pipelines.default_device()
         kind = pipelines.as_dtype(dtype, device)
