@@ -73,7 +73,7 @@ class DraftModel:
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.context = context
-        self.vocab_size, self.own_vocab_size = context.target.vocab_size, self.draft_target.vocab_size
+        self.vocab_size, self.own_size = context.target.vocab_size, self.draft_target.input_size
         if self.loaded:
             self.model.to(context.target.device)  # type: ignore[arg-type]
         self.draft_target = make_target(self.model, context.target.guidance)
@@ -112,7 +112,7 @@ class DraftModel:
 
     def to_own(self, tokens: Tensor) -> Tensor:
         """Tokens on this model's device, ids beyond its vocabulary (padding the target has and we lack) clipped."""
-        return tokens.to(self.draft_target.device).clamp(0, self.own_vocab_size - 1)
+        return tokens.to(self.draft_target.device).clamp(0, self.own_size - 1)
 
     def root(self) -> Tensor:
         s, target = self.context.sequences, self.draft_target
