@@ -11,7 +11,14 @@ from transformers import (
     CsmConfig,
     CsmForConditionalGeneration,
     CsmProcessor,
+    DacConfig,
     DacFeatureExtractor,
+    DacModel,
+    DiaConfig,
+    DiaFeatureExtractor,
+    DiaForConditionalGeneration,
+    DiaProcessor,
+    DiaTokenizer,
     EncodecFeatureExtractor,
     GenerationConfig,
     HiggsAudioV2Config,
@@ -173,3 +180,41 @@ def tiny_higgs(frame: int = 3, codes: int = 6) -> tuple[HiggsAudioV2ForCondition
         audio_stream_bos_id=codes,
         audio_stream_eos_id=codes + 1,
     )
+
+
+@cache
+def tiny_dia(guidance: float | None = 2.0) -> tuple[DiaForConditionalGeneration, DiaProcessor]:
+    """(model, processor): three channels of eight codes."""
+    torch.manual_seed(0)
+    config = DiaConfig(
+        delay_pattern=[0, 2, 3],
+        encoder_config={**SIZES, "vocab_size": 256, "max_position_embeddings": 64},
+        decoder_config={
+            **SIZES,
+            "vocab_size": 12,
+            "num_channels": 3,
+            "eos_token_id": 8,
+            "pad_token_id": 9,
+            "bos_token_id": 10,
+            "cross_hidden_size": 32,
+            "cross_num_attention_heads": 4,
+            "cross_num_key_value_heads": 2,
+            "cross_head_dim": 8,
+            "max_position_embeddings": 64,
+        },
+    )
+    model = spread(DiaForConditionalGeneration(config), 1)
+    model.generation_config = GenerationConfig(
+        do_sample=False, guidance_scale=guidance, top_k=5, bos_token_id=10, eos_token_id=8, pad_token_id=9
+    )
+    codec = DacConfig(
+        encoder_hidden_size=4,
+        decoder_hidden_size=16,
+        downsampling_ratios=[2, 2],
+        n_codebooks=3,
+        codebook_size=8,
+        codebook_dim=4,
+        sampling_rate=400,
+    )
+    extractor = DiaFeatureExtractor(sampling_rate=400, hop_length=4)
+    return model, DiaProcessor(extractor, DiaTokenizer(), DacModel(codec).eval())

@@ -35,6 +35,11 @@ def load_draft_model(source: str) -> PreTrainedModel:
     return load(kind.from_pretrained, source, dtype="auto").eval()
 
 
+def encoder_width(config: Any) -> int:
+    """How many features the encoder of an encoder-decoder model gives."""
+    return getattr(config, "encoder_config", config).hidden_size
+
+
 class DraftModel:
     """Drafts token by token with `draft_model`, through the same processors and draws as the target.
 
@@ -65,9 +70,11 @@ class DraftModel:
                 "tokenizer; choose a draft model of the target's family"
             )
         ours, theirs = self.model.config, target.model.config
-        if ours.is_encoder_decoder and not (theirs.is_encoder_decoder and ours.hidden_size == theirs.hidden_size):
+        if not ours.is_encoder_decoder:
+            return
+        if not theirs.is_encoder_decoder or encoder_width(ours) != encoder_width(theirs):
             raise InputError(
-                f"an encoder-decoder draft model shares the target's encoder, which must give {ours.hidden_size} "
+                f"an encoder-decoder draft model shares the target's encoder, which must give {encoder_width(ours)} "
                 "features; use one distilled with the target's encoder, or a decoder-only draft model"
             )
 

@@ -11,13 +11,14 @@ so the loops are told to take them together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from polyspec.attention import grouped
 from polyspec.decoding.sequences import Sequences
 from polyspec.errors import InputError
 from polyspec.target import Output, Target
@@ -27,7 +28,7 @@ class FrameTarget(Target):
     """Tokens 0 … V-1 are codes, V + i is the model's i-th text token; the prompt is text, behind it come frames only.
 
     A subclass gives `call`, which turns backbone inputs `[S, T, K]` (frames; a text token stands first in its place) or
-    a prompt `[S, T]` into states `[S, T, d]`, and `within`.
+    a prompt `[S, T]` into states `[S, T, d]`, its "logits", and `within`.
     """
 
     one_pass = False
@@ -109,7 +110,11 @@ class FrameTarget(Target):
         text = self.prompts[: self.rows].gather(1, slot.clamp(max=self.prompts.shape[1] - 1))
         columns[..., 0] = torch.where(frame < 0, text, columns[..., 0])
         copies = self.streams // self.rows
-        states = self.run(columns.repeat(copies, 1, 1), None, keep_logits=True).logits
+        columns = columns.repeat(copies, 1, 1)
+        slots, mask = self.layout(width, None, device)
+        with grouped(self.config):
+            states, _ = self.call(columns, slots, mask, keep_logits=True)
+        assert states is not None
         if self.states is None:
             self.states = states.new_zeros(self.streams, self.said.shape[1] // self.frame + 2, states.shape[2])
         last = self.states.shape[1] - 1
@@ -159,7 +164,8 @@ def said_with(sequences: Sequences, drafts: Tensor, first: int, width: int) -> t
 def force(scores: Tensor, forced: Tensor) -> Tensor:
     """`scores [B, T, V]` where the token `forced [B, T]` is the only one allowed; -1: nothing is changed."""
     others = torch.arange(scores.shape[2], device=scores.device) != forced[..., None]
-    return scores.masked_fill((forced >= 0)[..., None] & others, float("-inf"))
+    certain = torch.zeros_like(scores).masked_fill(others, float("-inf"))
+    return torch.where((forced >= 0)[..., None], certain, scores)
 
 
 class WholeVoice:
@@ -224,7 +230,7 @@ class FramedSpeech:
             raise InputError(f"a text of {prompt} tokens leaves no room for speech; give a shorter one")
         return room
 
-    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
         return [], []
 
     def constraint(self, limit: int) -> None:

@@ -8,7 +8,7 @@ it is worked out from the columns themselves, for every drafted prefix, so there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,10 +140,10 @@ class HiggsSpeech(FramedSpeech):
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         ).to(self.model.device)
 
-    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
         config, delays = self.model.generation_config, Delays(self.model.config)
         window, most = (getattr(config, name, None) for name in ("ras_win_len", "ras_win_max_num_repeat"))
-        aware = sampling and window is not None and most is not None
+        aware = knobs["do_sample"] and window is not None and most is not None
         return [delays], [Repetitions(delays, window, most)] if aware else []
 
     def ends(self, frame: Tensor) -> bool:

@@ -113,7 +113,7 @@ class Pipeline:
         sampling, shaped = self.settings(**knobs)
         stops = self.speech.stops(ids.shape[1])
         sequences = Sequences(ids, limit, mask=mask, eos=self.speech.eos, stops=stops, emit=emit)
-        before, behind = self.speech.processors(sampling)
+        before, behind = self.speech.processors(self.knobs(**knobs))
         processing = Processing([*before, *shaped, *behind], self.speech.constraint(limit))
         draws = make_draws(self.method, sampling, seeds, len(ids), ids.device)
         stats = decode(self.method, self.speech.target, sequences, processing, draws, {})

@@ -8,7 +8,7 @@ decoder-only models with a codec of transformers speak frames of codes (`CodecSp
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from polyspec.distributions import Constraint
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.modalities.speech.codec import Speaker, SpeechCodec
 from polyspec.modalities.speech.csm import CsmSpeech
+from polyspec.modalities.speech.dia import DiaSpeech
 from polyspec.modalities.speech.frames import FramedSpeech, WholeVoice, until
 from polyspec.modalities.speech.higgs import HiggsSpeech
 from polyspec.modalities.speech.phonemes import Interleaved, Layout, pieces
@@ -91,7 +92,7 @@ class BarkTarget(Target):
         return out.logits if keep_logits else None, out.hidden_states
 
 
-FRAMED: dict[str, type[FramedSpeech]] = {"csm": CsmSpeech, "higgs_audio_v2": HiggsSpeech}
+FRAMED: dict[str, type[FramedSpeech]] = {"csm": CsmSpeech, "dia": DiaSpeech, "higgs_audio_v2": HiggsSpeech}
 """Models that say several codes a step, by model type."""
 
 TARGETS = {
@@ -130,8 +131,8 @@ class SpeechModel(Protocol):
         """Pieces as ids `[B, P]` and mask `[B, P]`, padded on the left, and how many tokens may follow."""
         ...
 
-    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
-        """What comes before the sampling knobs, and what behind, for one run."""
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        """What comes before the sampling knobs, and what behind, for one run with these `knobs`, behind `encode`."""
         ...
 
     def constraint(self, limit: int) -> Constraint | None:
@@ -166,6 +167,7 @@ class OneStream:
         if constraint is not None:
             sets, kinds = [s.nonzero()[:, 0].tolist() for s in constraint.sets], constraint.kinds.tolist()
             allowed = {"prefix_allowed_tokens_fn": lambda row, seen: sets[kinds[min(len(seen) - prompt, len(kinds) - 1)]]}
+        own, _ = self.processors(knobs)
         sampling = bool(knobs.pop("do_sample", False))
         end = int(self.eos)
         out = self.model.generate(
@@ -177,7 +179,7 @@ class OneStream:
             top_k=0,
             top_p=1.0,
             # here, for a model's own processors come before the knobs
-            logits_processor=[*self.processors(sampling)[0], *(pipelines.processors(**knobs) if sampling else [])],
+            logits_processor=[*own, *(pipelines.processors(**knobs) if sampling else [])],
             eos_token_id=end,
             pad_token_id=end,
             **allowed,
@@ -215,7 +217,7 @@ class InterleavedSpeech(OneStream):
         room = self.model.config.max_position_embeddings - longest
         return inputs["input_ids"], inputs["attention_mask"], min(self.form.most(longest), room)
 
-    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
         return [self.form], []
 
     def constraint(self, limit: int) -> Constraint | None:
@@ -289,7 +291,7 @@ class CodecSpeech(OneStream):
             raise InputError(f"a text of {ids.shape[1]} tokens leaves no room for speech; give a shorter one")
         return ids, inputs["attention_mask"], min(limit, room)
 
-    def processors(self, sampling: bool) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
         return [], []
 
     def constraint(self, limit: int) -> Constraint:
