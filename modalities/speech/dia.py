@@ -21,7 +21,6 @@ from polyspec.errors import InputError
 from polyspec.modalities.speech.frames import ColumnTarget, FramedSpeech, force, said_with
 from polyspec.target import Guidance, Output
 
-
 TOP_K = 50
 """What guidance leaves of the codes where nothing is said: transformers' default."""
 

@@ -23,7 +23,7 @@ def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -
 
 def own_tokens(pipe: Any, found: Sequence[str], **arguments: Any) -> list[list[int]]:
     """New tokens of each piece as the model's own `generate` draws them, the end included."""
-    return pipe.speech.generate(found, **pipe.knobs(**arguments))
+    return pipe.speech.generate(found, **pipe.settings(**arguments))
 
 
 def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:

@@ -102,7 +102,7 @@ class Pipeline:
         """Speak `text` while it is being decoded: an iterator over Audio chunks, which joined are what `__call__` gives, at
         the codec's sample rate. knobs: do_sample, temperature, top_k, top_p."""
         found = self.speech.pieces(check_texts([text])[0])
-        self.settings(**knobs)  # bad ones are refused now
+        self.sampling(**knobs)  # bad ones are refused now
         return SpeechStream(self, found, piece_seeds(seed, [len(found)]), knobs)
 
     def tokens(
@@ -110,23 +110,23 @@ class Pipeline:
     ) -> tuple[list[list[int]], DecodingStats]:
         """New tokens of each piece, in one batch."""
         ids, mask, limit = self.speech.encode(found)
-        sampling, shaped = self.settings(**knobs)
+        sampling, shaped = self.sampling(**knobs)
         stops = self.speech.stops(ids.shape[1])
         sequences = Sequences(ids, limit, mask=mask, eos=self.speech.eos, stops=stops, emit=emit)
-        before, behind = self.speech.processors(self.knobs(**knobs))
+        before, behind = self.speech.processors(self.settings(**knobs))
         processing = Processing([*before, *shaped, *behind], self.speech.constraint(limit))
         draws = make_draws(self.method, sampling, seeds, len(ids), ids.device)
         stats = decode(self.method, self.speech.target, sequences, processing, draws, {})
         return [sequences.history[row][-(n - ids.shape[1]) :] for row, n in enumerate(sequences.lengths)], stats
 
-    def settings(self, **given: Any) -> tuple[bool, list[Any]]:
+    def sampling(self, **given: Any) -> tuple[bool, list[Any]]:
         """Whether to sample, and the processors of the knobs: what the caller gave, or else the checkpoint's."""
-        chosen = self.knobs(**given)
+        chosen = self.settings(**given)
         sampling = bool(chosen.pop("do_sample"))
         shaped = pipelines.processors(**chosen)
         return sampling, shaped if sampling else []
 
-    def knobs(self, **given: Any) -> dict[str, Any]:
+    def settings(self, **given: Any) -> dict[str, Any]:
         """The sampling knobs by name: what the caller gave, or else the checkpoint's."""
         config = self.model.generation_config
         names = ("do_sample", "temperature", "top_k", "top_p")
