@@ -115,11 +115,12 @@ class FrameTarget(Target):
         with grouped(self.config):
             states, _ = self.call(columns, slots, mask, keep_logits=True)
         assert states is not None
-        if self.states is None:
-            self.states = states.new_zeros(self.streams, self.said.shape[1] // self.frame + 2, states.shape[2])
-        last = self.states.shape[1] - 1
+        kept = self.states
+        if kept is None:
+            kept = states.new_zeros(self.streams, self.said.shape[1] // self.frame + 2, states.shape[2])
+        last = kept.shape[1] - 1
         index = torch.where(frame < -1, last, frame + 1).clamp(max=last).repeat(copies, 1)
-        self.states.scatter_(1, index[..., None].expand(-1, -1, states.shape[2]), states)
+        self.states = kept.scatter_(1, index[..., None].expand(-1, -1, states.shape[2]), states)
 
     def frames(self, index: Tensor) -> Tensor:
         """The codes `[B, W, K]` of the frames `index [B, W]`; those that are not there are arbitrary."""
@@ -202,7 +203,7 @@ class FramedSpeech:
     most = 2048
     """Frames, at most."""
     sample_rate: int
-    eos = None
+    eos: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel, processor: Any):
         self.model: Any = model

@@ -143,8 +143,9 @@ class HiggsSpeech(FramedSpeech):
     def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
         config, delays = self.model.generation_config, Delays(self.model.config)
         window, most = (getattr(config, name, None) for name in ("ras_win_len", "ras_win_max_num_repeat"))
-        aware = knobs["do_sample"] and window is not None and most is not None
-        return [delays], [Repetitions(delays, window, most)] if aware else []
+        if not knobs["do_sample"] or window is None or most is None:
+            return [delays], []
+        return [delays], [Repetitions(delays, window, most)]
 
     def ends(self, frame: Tensor) -> bool:
         return bool((frame == self.model.config.audio_stream_eos_id).all())

@@ -156,7 +156,7 @@ class OneStream:
     """Base of the models that say one token a step, of which one ends speech: `generate` is transformers' plain one."""
 
     model: Any
-    eos: Tensor
+    eos: Tensor | None
 
     def stops(self, prompt: int) -> list[Callable[[Tensor, None], Tensor]]:
         return []
@@ -205,7 +205,7 @@ class InterleavedSpeech(OneStream):
         self.target = SpeechTarget(model)
         self.target.codes = self.layout.codes
         self.sample_rate = codec.config.sample_rate
-        self.eos = torch.tensor([self.layout.end], device=model.device)
+        self.eos: Tensor | None = torch.tensor([self.layout.end], device=model.device)
         self.known = {t for t, i in tokenizer.get_vocab().items() if i > self.layout.first_phoneme}
 
     def pieces(self, text: str) -> list[str]:
@@ -275,7 +275,7 @@ class CodecSpeech(OneStream):
         self.target = SpeechTarget(model)
         self.target.first_code, self.target.codes = form.first_code, form.codebooks * form.codes
         self.sample_rate = codec.config.sampling_rate
-        self.eos = torch.tensor([form.end], device=model.device)
+        self.eos: Tensor | None = torch.tensor([form.end], device=model.device)
 
     def pieces(self, text: str) -> list[str]:
         return [text]
