@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Draws, Greedy, Independent, Processing, row_seeds
 from polyspec.drafting.base import Context
-from polyspec.errors import ConfigError, InputError
+from polyspec.errors import ConfigError, InputError, UnsupportedModelError
 from polyspec.metrics import DecodingStats
 from polyspec.recipe import Method, build, find_recipe
 from polyspec.target import Guidance, Target, make_target, own_targets
@@ -53,6 +53,11 @@ def decode(
     stats = DecodingStats(recipe=method.recipe.name, guarantee=method.recipe.guarantee)
     start = time.perf_counter()
     drafter = method.drafter()
+    if not target.one_pass and (getattr(method.loop, "one_pass", True) or drafter.hidden_layers):
+        raise UnsupportedModelError(
+            f"{type(target.model).__name__} says several codes a step, which recipe {method.recipe.name!r} cannot draft; "
+            "choose prompt_lookup, or gumbel_coupled or speculative_sampling with a smaller model of its kind"
+        )
     drafter.check(target)
     if hasattr(method.loop, "check"):
         method.loop.check(target, drafter)

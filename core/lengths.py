@@ -142,7 +142,8 @@ TRIES = 0.02  # of the time may go into them
 
 
 def call_costs(context: Context, most: int) -> dict[int, float]:
-    """What forwards of 1, 2, 3, 5, 9, … tokens cost, up to `most`, behind the present cache, in forwards of one token.
+    """What forwards of 1, 2, 3, 5, 9, … tokens (steps, where the target has such) cost, up to `most`, behind the present
+    cache, in forwards of one token.
 
     Three interleaved passes, the fastest counts; measured once a model and process. Ratios, because a machine's speed
     drifts more than they do.
@@ -157,8 +158,9 @@ def call_costs(context: Context, most: int) -> dict[int, float]:
         for _ in range(3):
             for size in sizes:
                 start = time.perf_counter()
-                logits = target.forward(token.expand(-1, size)).logits
-                context.processing.scores(logits, context.sequences, token.expand(-1, size - 1))[0, 0, 0].item()
+                tokens = token.expand(-1, size * target.step)
+                logits = target.forward(tokens).logits
+                context.processing.scores(logits, context.sequences, tokens[:, 1:])[0, 0, 0].item()
                 seconds[size] = min(seconds[size], time.perf_counter() - start)
                 target.rollback(kept)
         known.update({n: s / seconds[1] for n, s in seconds.items()})

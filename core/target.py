@@ -72,6 +72,13 @@ class Target:
 
     row_width: int | None = None
     """Tokens in an image row, for targets that draw images in raster order."""
+    one_pass = True
+    """Whether a token takes one pass of one decoder, as trees, heads on its hidden states and early exits need."""
+    step = 1
+    """Consecutive tokens, the last of them at a multiple of `step` behind the prompt, that do not depend on each other:
+    one call scores them all, so loops take whole steps, and lengths are counted in them."""
+    frame = 1
+    """Tokens after which the kinds of tokens repeat, codebook by codebook say."""
 
     def __init__(self, model: PreTrainedModel, guidance: Guidance | None = None, hidden_layers: Sequence[int] = ()):
         check_rollback(model)
@@ -103,6 +110,11 @@ class Target:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def input_size(self) -> int:
+        """Token ids that may go in: all that may come out, and what else stands in a prompt."""
+        return self.vocab_size
 
     @property
     def cache_lengths(self) -> list[int]:

@@ -309,9 +309,7 @@ def overlap(
 
 def streams(plain: Any, batch: Sequence[str], arguments: Mapping[str, Any]) -> int:
     """Rows in a target call: two a prompt under guidance."""
-    scale = (
-        plain.settings(**arguments)["guidance_scale"] if hasattr(plain, "settings") else arguments.get("guidance_scale")
-    )
+    scale = plain.settings(**arguments).get("guidance_scale") if hasattr(plain, "settings") else arguments.get("guidance_scale")
     return len(batch) * (2 if scale not in (None, 1, 1.0) else 1)
 
 

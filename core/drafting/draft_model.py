@@ -35,6 +35,11 @@ def load_draft_model(source: str) -> PreTrainedModel:
     return load(kind.from_pretrained, source, dtype="auto").eval()
 
 
+def encoder_width(config: Any) -> int:
+    """How many features the encoder of an encoder-decoder model gives."""
+    return getattr(config, "encoder_config", config).hidden_size
+
+
 class DraftModel:
     """Drafts token by token with `draft_model`, through the same processors and draws as the target.
 
@@ -65,15 +70,17 @@ class DraftModel:
                 "tokenizer; choose a draft model of the target's family"
             )
         ours, theirs = self.model.config, target.model.config
-        if ours.is_encoder_decoder and not (theirs.is_encoder_decoder and ours.hidden_size == theirs.hidden_size):
+        if not ours.is_encoder_decoder:
+            return
+        if not theirs.is_encoder_decoder or encoder_width(ours) != encoder_width(theirs):
             raise InputError(
-                f"an encoder-decoder draft model shares the target's encoder, which must give {ours.hidden_size} "
+                f"an encoder-decoder draft model shares the target's encoder, which must give {encoder_width(ours)} "
                 "features; use one distilled with the target's encoder, or a decoder-only draft model"
             )
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.context = context
-        self.vocab_size, self.own_vocab_size = context.target.vocab_size, self.draft_target.vocab_size
+        self.vocab_size, self.own_size = context.target.vocab_size, self.draft_target.input_size
         if self.loaded:
             self.model.to(context.target.device)  # type: ignore[arg-type]
         self.draft_target = make_target(self.model, context.target.guidance)
@@ -112,7 +119,7 @@ class DraftModel:
 
     def to_own(self, tokens: Tensor) -> Tensor:
         """Tokens on this model's device, ids beyond its vocabulary (padding the target has and we lack) clipped."""
-        return tokens.to(self.draft_target.device).clamp(0, self.own_vocab_size - 1)
+        return tokens.to(self.draft_target.device).clamp(0, self.own_size - 1)
 
     def root(self) -> Tensor:
         s, target = self.context.sequences, self.draft_target

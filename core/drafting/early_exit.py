@@ -78,6 +78,8 @@ class EarlyExit:
 
     def check(self, target: Target) -> None:
         """ConfigError or UnsupportedModelError unless the target can be left early; to be asked before it runs."""
+        if not target.one_pass:
+            raise UnsupportedModelError(f"{type(target.model).__name__} cannot be left early; use prompt_lookup")
         self.early(target)
 
     def early(self, target: Target) -> Target:

@@ -15,10 +15,12 @@ from polyspec.target import Target
 
 
 class NgramIndex:
-    """Where each n-gram (n = 1 … `max_ngram`) of a growing token list last ended, the list's own end left out."""
+    """Where each n-gram (n = 1 … `max_ngram`) of a growing token list last ended, the list's own end left out.
 
-    def __init__(self, max_ngram: int):
-        self.max_ngram = max_ngram
+    frame: n-grams count as the same only if they end as many tokens behind a multiple of `frame`."""
+
+    def __init__(self, max_ngram: int, frame: int = 1):
+        self.max_ngram, self.frame = max_ngram, frame
         self.last: dict[tuple[int, ...], int] = {}
         self.seen = 0
 
@@ -26,7 +28,7 @@ class NgramIndex:
         """Take in what `tokens` has beyond what was seen. The last token waits until it has a successor."""
         for end in range(self.seen, len(tokens) - 1):
             for n in range(1, min(self.max_ngram, end + 1) + 1):
-                self.last[tuple(tokens[end + 1 - n : end + 1])] = end
+                self.last[(end % self.frame, *tokens[end + 1 - n : end + 1])] = end
         self.seen = max(self.seen, len(tokens) - 1)
 
     def continuation(self, tokens: list[int], count: int) -> list[int] | None:
@@ -34,8 +36,9 @@ class NgramIndex:
 
         A continuation that reaches the end of the text goes round: what repeats with period p is drafted so.
         """
+        phase = (len(tokens) - 1) % self.frame
         for n in range(min(self.max_ngram, len(tokens)), 0, -1):
-            end = self.last.get(tuple(tokens[-n:]))
+            end = self.last.get((phase, *tokens[-n:]))
             if end is not None:
                 period = len(tokens) - 1 - end
                 return [tokens[end + 1 + i % period] for i in range(count)]
@@ -59,7 +62,7 @@ class PromptLookup:
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.sequences = context.sequences
-        self.indices = [NgramIndex(self.max_ngram) for _ in range(self.sequences.batch)]
+        self.indices = [NgramIndex(self.max_ngram, context.target.frame) for _ in range(self.sequences.batch)]
 
     def propose(self, count: int) -> Draft:
         s, found, rows = self.sequences, False, []

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from polyspec.bench.calls import time_calls
 from polyspec.prompts import load_prompts
 
@@ -25,31 +23,7 @@ def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -
 
 def own_tokens(pipe: Any, found: Sequence[str], **arguments: Any) -> list[list[int]]:
     """New tokens of each piece as the model's own `generate` draws them, the end included."""
-    speech = pipe.speech
-    ids, mask, limit = speech.encode(found)
-    sampling, shaped = pipe.settings(**arguments)
-    processors, prompt = speech.processors(), ids.shape[1]
-    constraint, allowed = speech.constraint(limit), {}
-    if constraint is not None:
-        sets, kinds = [s.nonzero()[:, 0].tolist() for s in constraint.sets], constraint.kinds.tolist()
-        allowed = {"prefix_allowed_tokens_fn": lambda row, seen: sets[kinds[min(len(seen) - prompt, len(kinds) - 1)]]}
-    end = int(speech.eos)
-    out = pipe.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=limit,
-        do_sample=sampling,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        logits_processor=[*processors, *shaped],
-        eos_token_id=end,
-        pad_token_id=end,
-        **allowed,
-    )[:, prompt:]
-    ends = (out == end).int()
-    kept = torch.where(ends.any(1), ends.argmax(1) + 1, out.shape[1])
-    return [row[:n].tolist() for row, n in zip(out, kept.tolist(), strict=True)]
+    return pipe.speech.generate(found, **pipe.settings(**arguments))
 
 
 def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:

@@ -30,8 +30,9 @@ RATES = (8_000, 192_000)
 class Pipeline:
     """Reads text aloud. See `polyspec.pipeline` for the arguments.
 
-    target: a folder as `task=train modality=speech` writes it, or a tuple of loaded parts: (model, tokenizer, codec) of that
-    kind, or (model, tokenizer, codec, CodecFormat) for a decoder-only model with a codec of transformers.
+    target: a folder as `task=train modality=speech` writes it, a CSM, Dia or Higgs Audio v2 checkpoint, or a tuple of loaded
+    parts: (model, tokenizer, codec) of the first kind, (model, processor) of the others, or (model, tokenizer, codec,
+    CodecFormat) for a decoder-only model with a codec of transformers.
     """
 
     def __init__(
@@ -48,18 +49,16 @@ class Pipeline:
         self.method = pipelines.choose("speech", recipe, WITH_HEADS if drafts else PLAIN, overrides, sample)
         if isinstance(target, tuple):
             self.speech: SpeechModel = make_speech_model(target)
-            self.parts = target
         else:
             device = device or pipelines.default_device()
             source = existing_sample() if target is None else target
-            found = load_model(source, pipelines.as_dtype(dtype, device), device)
-            self.speech, self.parts = found, (found.model, found.tokenizer, found.codec)
-        self.model = self.parts[0]
+            self.speech = load_model(source, pipelines.as_dtype(dtype, device), device)
+        self.model = self.speech.model
 
     @property
     def loaded(self) -> tuple[Any, ...]:
         """What another pipeline takes as `target`, to share it."""
-        return self.parts
+        return self.speech.parts
 
     @torch.no_grad()
     def __call__(
@@ -103,7 +102,7 @@ class Pipeline:
         """Speak `text` while it is being decoded: an iterator over Audio chunks, which joined are what `__call__` gives, at
         the codec's sample rate. knobs: do_sample, temperature, top_k, top_p."""
         found = self.speech.pieces(check_texts([text])[0])
-        self.settings(**knobs)  # bad ones are refused now
+        self.sampling(**knobs)  # bad ones are refused now
         return SpeechStream(self, found, piece_seeds(seed, [len(found)]), knobs)
 
     def tokens(
@@ -111,23 +110,29 @@ class Pipeline:
     ) -> tuple[list[list[int]], DecodingStats]:
         """New tokens of each piece, in one batch."""
         ids, mask, limit = self.speech.encode(found)
-        sampling, shaped = self.settings(**knobs)
-        sequences = Sequences(ids, limit, mask=mask, eos=self.speech.eos, emit=emit)
-        processing = Processing([*self.speech.processors(), *shaped], self.speech.constraint(limit))
+        sampling, shaped = self.sampling(**knobs)
+        stops = self.speech.stops(ids.shape[1])
+        sequences = Sequences(ids, limit, mask=mask, eos=self.speech.eos, stops=stops, emit=emit)
+        before, behind = self.speech.processors(self.settings(**knobs))
+        processing = Processing([*before, *shaped, *behind], self.speech.constraint(limit))
         draws = make_draws(self.method, sampling, seeds, len(ids), ids.device)
         stats = decode(self.method, self.speech.target, sequences, processing, draws, {})
         return [sequences.history[row][-(n - ids.shape[1]) :] for row, n in enumerate(sequences.lengths)], stats
 
-    def settings(self, **given: Any) -> tuple[bool, list[Any]]:
+    def sampling(self, **given: Any) -> tuple[bool, list[Any]]:
         """Whether to sample, and the processors of the knobs: what the caller gave, or else the checkpoint's."""
+        chosen = self.settings(**given)
+        sampling = bool(chosen.pop("do_sample"))
+        shaped = pipelines.processors(**chosen)
+        return sampling, shaped if sampling else []
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """The sampling knobs by name: what the caller gave, or else the checkpoint's."""
         config = self.model.generation_config
         names = ("do_sample", "temperature", "top_k", "top_p")
         if unused := [name for name in given if name not in names]:
             raise ConfigError(f"{unused[0]} does not apply to speech; choose among {', '.join(names)}")
-        chosen = {n: getattr(config, n, None) if given.get(n) is None else given[n] for n in names}
-        sampling = bool(chosen.pop("do_sample"))
-        shaped = pipelines.processors(**chosen)
-        return sampling, shaped if sampling else []
+        return {n: getattr(config, n, None) if given.get(n) is None else given[n] for n in names}
 
 
 class SpeechStream:

@@ -8,19 +8,24 @@ decoder-only models with a codec of transformers speak frames of codes (`CodecSp
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LogitsProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LogitsProcessor, PreTrainedModel
 
 from polyspec import pipelines
 from polyspec.distributions import Constraint
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.modalities.speech.codec import Speaker, SpeechCodec
+from polyspec.modalities.speech.csm import CsmSpeech
+from polyspec.modalities.speech.dia import DiaSpeech
+from polyspec.modalities.speech.frames import FramedSpeech, WholeVoice, until
+from polyspec.modalities.speech.higgs import HiggsSpeech
 from polyspec.modalities.speech.phonemes import Interleaved, Layout, pieces
 from polyspec.target import Output, Target
 from polyspec.verification import TokenGroups
@@ -87,7 +92,14 @@ class BarkTarget(Target):
         return out.logits if keep_logits else None, out.hidden_states
 
 
-TARGETS = {"semantic": BarkTarget, "coarse_acoustics": BarkTarget}
+FRAMED: dict[str, type[FramedSpeech]] = {"csm": CsmSpeech, "dia": DiaSpeech, "higgs_audio_v2": HiggsSpeech}
+"""Models that say several codes a step, by model type."""
+
+TARGETS = {
+    "semantic": BarkTarget,
+    "coarse_acoustics": BarkTarget,
+    **{kind: speech.speaks for kind, speech in FRAMED.items()},
+}
 
 
 class Voice(Protocol):
@@ -101,8 +113,12 @@ class Voice(Protocol):
 class SpeechModel(Protocol):
     """What the pipeline asks of a text-to-speech model."""
 
+    model: Any
+    parts: tuple[Any, ...]
+    """What it was made of: what another pipeline takes as `target`, to share it."""
     sample_rate: int
-    eos: Tensor
+    eos: Tensor | None
+    """The tokens that end speech."""
 
     @property
     def target(self) -> Target: ...
@@ -115,20 +131,63 @@ class SpeechModel(Protocol):
         """Pieces as ids `[B, P]` and mask `[B, P]`, padded on the left, and how many tokens may follow."""
         ...
 
-    def processors(self) -> list[LogitsProcessor]:
-        """What comes before the sampling knobs."""
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        """What comes before the sampling knobs, and what behind, for one run with these `knobs`, behind `encode`."""
         ...
 
     def constraint(self, limit: int) -> Constraint | None:
         """What a position among `limit` may hold, where that does not depend on the others."""
         ...
 
+    def stops(self, prompt: int) -> list[Callable[[Tensor, None], Tensor]]:
+        """What else ends speech: asked about a row `[1, L]`, `prompt` of whose tokens are text, answers `[1]` bool."""
+        ...
+
     def voice(self) -> Voice:
         """For one utterance."""
         ...
 
+    def generate(self, found: Sequence[str], **knobs: Any) -> list[list[int]]:
+        """New tokens of each piece as the model's own `generate` draws them, the end included, with its sampling knobs."""
+        ...
 
-class InterleavedSpeech:
+
+class OneStream:
+    """Base of the models that say one token a step, of which one ends speech: `generate` is transformers' plain one."""
+
+    model: Any
+    eos: Tensor | None
+
+    def stops(self, prompt: int) -> list[Callable[[Tensor, None], Tensor]]:
+        return []
+
+    def generate(self: Any, found: Sequence[str], **knobs: Any) -> list[list[int]]:
+        ids, mask, limit = self.encode(found)
+        prompt, constraint, allowed = ids.shape[1], self.constraint(limit), {}
+        if constraint is not None:
+            sets, kinds = [s.nonzero()[:, 0].tolist() for s in constraint.sets], constraint.kinds.tolist()
+            allowed = {"prefix_allowed_tokens_fn": lambda row, seen: sets[kinds[min(len(seen) - prompt, len(kinds) - 1)]]}
+        own, _ = self.processors(knobs)
+        sampling = bool(knobs.pop("do_sample", False))
+        end = int(self.eos)
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            do_sample=sampling,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            # here, for a model's own processors come before the knobs
+            logits_processor=[*own, *(pipelines.processors(**knobs) if sampling else [])],
+            eos_token_id=end,
+            pad_token_id=end,
+            **allowed,
+        )[:, prompt:]
+        return [until(row, lambda token: token == end) for row in out.tolist()]
+
+
+class InterleavedSpeech(OneStream):
     """The sample's kind: see `polyspec.modalities.speech.phonemes`. Raises CheckpointError for parts that do not fit."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, codec: SpeechCodec):
@@ -141,11 +200,12 @@ class InterleavedSpeech:
                 "for codes and {} for phonemes; expected are {}, {} and {}".format(*sizes, *theirs)
             )
         self.model, self.tokenizer, self.codec = model, tokenizer, codec
+        self.parts = (model, tokenizer, codec)
         self.form = Interleaved(self.layout)
         self.target = SpeechTarget(model)
         self.target.codes = self.layout.codes
         self.sample_rate = codec.config.sample_rate
-        self.eos = torch.tensor([self.layout.end], device=model.device)
+        self.eos: Tensor | None = torch.tensor([self.layout.end], device=model.device)
         self.known = {t for t, i in tokenizer.get_vocab().items() if i > self.layout.first_phoneme}
 
     def pieces(self, text: str) -> list[str]:
@@ -157,8 +217,8 @@ class InterleavedSpeech:
         room = self.model.config.max_position_embeddings - longest
         return inputs["input_ids"], inputs["attention_mask"], min(self.form.most(longest), room)
 
-    def processors(self) -> list[LogitsProcessor]:
-        return [self.form]
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        return [self.form], []
 
     def constraint(self, limit: int) -> Constraint | None:
         return None
@@ -197,7 +257,7 @@ class CodecFormat:
     frames: int = 1500
 
 
-class CodecSpeech:
+class CodecSpeech(OneStream):
     """An ordinary decoder-only transformers model and a codec of transformers (`decode(audio_codes [B, K, T])`: Mimi, DAC,
     EnCodec, …). Raises CheckpointError where the model has no room for the codec's codes."""
 
@@ -211,10 +271,11 @@ class CodecSpeech:
                 f"the model has {size} tokens and the codec {theirs} codes a codebook: give the CodecFormat of this model"
             )
         self.model, self.tokenizer, self.codec, self.form = model, tokenizer, codec, form
+        self.parts = (model, tokenizer, codec, form)
         self.target = SpeechTarget(model)
         self.target.first_code, self.target.codes = form.first_code, form.codebooks * form.codes
         self.sample_rate = codec.config.sampling_rate
-        self.eos = torch.tensor([form.end], device=model.device)
+        self.eos: Tensor | None = torch.tensor([form.end], device=model.device)
 
     def pieces(self, text: str) -> list[str]:
         return [text]
@@ -230,8 +291,8 @@ class CodecSpeech:
             raise InputError(f"a text of {ids.shape[1]} tokens leaves no room for speech; give a shorter one")
         return ids, inputs["attention_mask"], min(limit, room)
 
-    def processors(self) -> list[LogitsProcessor]:
-        return []
+    def processors(self, knobs: Mapping[str, Any]) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+        return [], []
 
     def constraint(self, limit: int) -> Constraint:
         """The codebooks in turn; the end only between frames."""
@@ -244,38 +305,29 @@ class CodecSpeech:
         return Constraint(sets, torch.arange(max(limit, 1), device=self.model.device) % form.codebooks)
 
     def voice(self) -> Voice:
-        return FrameVoice(self.codec, self.form)
+        return WholeVoice(self.form.codebooks, self.wave)
+
+    def wave(self, frames: Tensor) -> Tensor:
+        """Frames `[T, K]` of tokens to samples."""
+        codes = (frames - self.form.first_code).T[None].to(self.codec.device) % self.form.codes
+        return self.codec.decode(audio_codes=codes).audio_values.flatten()
 
 
-class FrameVoice:
-    """Collects frames and decodes them together: a codec of transformers need not give in pieces what it gives whole."""
-
-    def __init__(self, codec: Any, form: CodecFormat):
-        self.codec, self.form = codec, form
-        self.codes: list[int] = []
-
-    @torch.no_grad()
-    def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
-        size = self.form.codebooks * self.form.codes
-        self.codes += [t - self.form.first_code for t in tokens if 0 <= t - self.form.first_code < size]
-        if not last or len(self.codes) < self.form.codebooks:
-            return torch.zeros(0)
-        whole = len(self.codes) // self.form.codebooks * self.form.codebooks
-        codes = (
-            torch.tensor(self.codes[:whole], device=self.codec.device).view(1, -1, self.form.codebooks).transpose(1, 2)
-        )
-        return self.codec.decode(audio_codes=codes % self.form.codes).audio_values.flatten().float().cpu()
-
-
-def load_model(source: Any, dtype: torch.dtype, device: Any) -> InterleavedSpeech:
-    """A model of the sample's kind from a folder or the hub; CheckpointError if it is none."""
+def load_model(source: Any, dtype: torch.dtype, device: Any) -> SpeechModel:
+    """A model of the sample's kind from a folder, or one of `FRAMED` from a folder or the hub; CheckpointError if it is
+    none."""
     from transformers import AutoModelForCausalLM
 
-    pipelines.load(AutoConfig.from_pretrained, source)
+    kind = pipelines.load(AutoConfig.from_pretrained, source).model_type
+    if kind in FRAMED:
+        loader = getattr(transformers, FRAMED[kind].loads).from_pretrained
+        model = pipelines.load(loader, source, dtype=dtype).to(device).eval()
+        return FRAMED[kind](model, pipelines.load(AutoProcessor.from_pretrained, source))
     if not Path(source).is_dir() or not (Path(source) / "codec").is_dir():
         raise CheckpointError(
             f"{source} is not a folder with a speech model and its codec/, as polyspec task=train modality=speech writes it; "
-            "for other models hand (model, tokenizer, codec, CodecFormat) over as target"
+            f"for other models hand (model, tokenizer, codec, CodecFormat) over as target, or name a {' or '.join(FRAMED)} "
+            "checkpoint"
         )
     model = pipelines.load(AutoModelForCausalLM.from_pretrained, source, dtype=dtype).to(device).eval()
     tokenizer = pipelines.load(AutoTokenizer.from_pretrained, source, padding_side="left")
@@ -289,6 +341,10 @@ def make_speech_model(loaded: tuple[Any, ...]) -> SpeechModel:
         return CodecSpeech(*loaded)
     if len(loaded) == 3:
         return InterleavedSpeech(*loaded)
+    kind = getattr(getattr(loaded[0], "config", None), "model_type", type(loaded[0]).__name__) if loaded else "nothing"
+    if len(loaded) == 2 and kind in FRAMED:
+        return FRAMED[kind](*loaded)
     raise ConfigError(
-        "target must be a folder, (model, tokenizer, codec) of the sample's kind, or (model, tokenizer, codec, CodecFormat)"
+        f"target must be a folder, (model, tokenizer, codec) of the sample's kind, (model, tokenizer, codec, CodecFormat), or "
+        f"(model, processor) of type {' or '.join(FRAMED)}; got {len(loaded)} parts, the first {kind}"
     )
