@@ -23,7 +23,6 @@ from polyspec.metrics import LatentStats
 from polyspec.paying import Prices, given_prices
 
 if TYPE_CHECKING:
-    from polyspec.decoding.continuous import Continuous
     from polyspec.drafting.continuous import LatentContext
 
 FILE = "prices.json"
@@ -33,8 +32,9 @@ MANY = 3  # tokens of the longer draft timed
 KNOWN: dict[str, Prices] = {}
 
 
-def prices_of(loop: Continuous, context: LatentContext, drafter: Any) -> Prices:
-    """The prices for this machine, models and number of rows: known, read, or measured behind the prompt."""
+def prices_of(loop: Any, context: LatentContext, drafter: Any) -> Prices:
+    """The prices for this machine, models and number of rows: known, read, or measured behind the prompt. loop: a
+    `polyspec.decoding.continuous.Continuous`."""
     key = key_of(loop, context, drafter)
     if key not in KNOWN:
         stored = read()
@@ -44,7 +44,7 @@ def prices_of(loop: Continuous, context: LatentContext, drafter: Any) -> Prices:
     return KNOWN[key]
 
 
-def key_of(loop: Continuous, context: LatentContext, drafter: Any) -> str:
+def key_of(loop: Any, context: LatentContext, drafter: Any) -> str:
     target = context.target
     device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else target.device.type
     parts = (platform.node(), device, torch.get_num_threads(), torch.__version__, type(target).__name__, target.size)
@@ -53,7 +53,7 @@ def key_of(loop: Continuous, context: LatentContext, drafter: Any) -> str:
     return " ".join(str(x) for x in (*parts, *shape, rule.__name__, *getattr(drafter, "marks", ())))
 
 
-def measure(loop: Continuous, context: LatentContext, drafter: Any) -> Prices:
+def measure(loop: Any, context: LatentContext, drafter: Any) -> Prices:
     """Time each part of a round on throw-away drafts; nothing of it is left in target, drafter or random numbers."""
     target, sequences = context.target, context.sequences
     device, rows, total = target.device, sequences.batch, len(target.sampler)

@@ -48,7 +48,9 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
     ):
         given = dict(overrides or {})
-        folder = None if isinstance(target, tuple) else existing_sample() if target is None else Path(target)
+        is_sample = target is None
+        target = existing_sample() if target is None else target
+        folder = None if isinstance(target, tuple) else Path(target)
         if folder is not None:
             self.draft = str(folder / DRAFT) if (folder / DRAFT / "config.json").is_file() else None
         else:
@@ -64,7 +66,7 @@ class Pipeline:
                 raise ConfigError(f"target must be a folder or a (transformers model, Items) pair, got {kinds}")
             self.model: Any = model
         else:
-            items = Items.load(folder) if target is not None else with_titles(Items.load(folder))
+            items = with_titles(Items.load(folder)) if is_sample else Items.load(folder)
             device = device or pipelines.default_device()
             loader = AutoModelForCausalLM.from_pretrained
             self.model = pipelines.load(loader, folder, dtype=pipelines.as_dtype(dtype, device)).to(device).eval()

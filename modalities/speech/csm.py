@@ -12,7 +12,8 @@ the frames they complete, the depth decoder once over all of these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ class CsmSpeech(FramedSpeech):
     loads = "CsmForConditionalGeneration"
     speaks = CsmTarget
     prompt = "[0]{text}"
-    reading: ClassVar[dict[str, Any]] = {"add_special_tokens": True}
+    reading = MappingProxyType({"add_special_tokens": True})
 
     def __init__(self, model: PreTrainedModel, processor: Any):
         super().__init__(model, processor)

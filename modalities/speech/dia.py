@@ -70,7 +70,8 @@ class DiaTarget(ColumnTarget):
         logits = self.model.logits_dense(states).unflatten(-1, (self.frame, self.codes))
         if self.guidance is None:
             return logits
-        return self.guidance.combine(*logits.float().chunk(2), self.guidance.scale)
+        conditional, unconditional = logits.float().chunk(2)
+        return self.guidance.combine(conditional, unconditional, self.guidance.scale)
 
 
 class Channels(LogitsProcessor):
@@ -120,8 +121,8 @@ class DiaSpeech(FramedSpeech):
         super().__init__(model, processor)
         config = self.model.config
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        self.reading = {name: getattr(config.decoder_config, name) for name in tokens}
-        self.reading["delay_pattern"] = config.delay_pattern
+        numbers = {name: getattr(config.decoder_config, name) for name in tokens}
+        self.reading = {**numbers, "delay_pattern": config.delay_pattern}
         self.sample_rate = processor.audio_tokenizer.config.sampling_rate
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ so the loops are told to take them together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -198,7 +199,7 @@ class FramedSpeech:
     speaks: ClassVar[type[FrameTarget]]
     prompt = "{text}"
     """What the model reads, for a text."""
-    reading: ClassVar[dict[str, Any]] = {}
+    reading: Mapping[str, Any] = MappingProxyType({})
     """How the processor takes it."""
     most = 2048
     """Frames, at most."""

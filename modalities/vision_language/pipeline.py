@@ -47,7 +47,7 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
     ):
         overrides = dict(overrides or {})
-        captioner = overrides.get("captioner")
+        captioner: Any = overrides.get("captioner")
         if captioner is not None and captioner != "target" and not callable(captioner):
             raise ConfigError(f'captioner must be a callable PIL image -> caption, or "target", got {captioner!r}')
         self.captioner: Callable[[Image.Image], str] | None = self.own_caption if captioner == "target" else captioner
