@@ -50,7 +50,8 @@ class Pipeline:
         captioner: Any = overrides.get("captioner")
         if captioner is not None and captioner != "target" and not callable(captioner):
             raise ConfigError(f'captioner must be a callable PIL image -> caption, or "target", got {captioner!r}')
-        self.captioner: Callable[[Image.Image], str] | None = self.own_caption if captioner == "target" else captioner
+        own: Callable[[Image.Image], str] = self.own_caption
+        self.captioner = own if captioner == "target" else captioner
         self.captions: dict[bytes, list[int]] = {}
         if self.captioner is not None:
             overrides["captioner"] = self.caption

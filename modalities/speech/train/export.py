@@ -64,7 +64,7 @@ def export_sample(
     """Write model, tokenizer, codec and card to `folder`; returns the figures at the end of each stage, by stage."""
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.6,
+        temperature=0.4,
         pad_token_id=model.config.pad_token_id,
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
