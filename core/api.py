@@ -109,6 +109,8 @@ class CustomGenerate:
         for key in ("decoder_position_ids", "use_cache", "logits_to_keep", "output_hidden_states"):
             model_kwargs.pop(key, None)
         own = own_targets().get(model.config.model_type)
+        if own is not None and own.elsewhere:
+            raise UnsupportedModelError(f"{type(model).__name__}.generate cannot hand over to a recipe; use {own.elsewhere}")
         if model_kwargs.get("inputs_embeds") is not None and not getattr(own, "takes_embeds", False):
             raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
         input_ids = input_ids.long()  # some models' own generate make int32 ones

@@ -77,6 +77,8 @@ class Target:
     step = 1
     """Consecutive tokens, the last of them at a multiple of `step` behind the prompt, that do not depend on each other:
     one call scores them all, so loops take whole steps, and lengths are counted in them."""
+    elsewhere: str | None = None
+    """What decodes such a model, where its own `generate` cannot hand over to a recipe."""
     frame = 1
     """Tokens after which the kinds of tokens repeat, codebook by codebook say."""
 

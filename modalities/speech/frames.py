@@ -33,6 +33,7 @@ class FrameTarget(Target):
     """
 
     one_pass = False
+    elsewhere = 'polyspec.pipeline("speech", target=(model, processor), recipe=…)'
     frame: int
     """Codes in a frame, K."""
     codes: int

@@ -97,6 +97,14 @@ def test_a_text_without_room_is_refused(kind: str) -> None:
         pipe(kind)("a" * 300)
 
 
+@pytest.mark.parametrize("kind", ["csm", "higgs"])  # Dia's generate has no place for a callable
+def test_their_own_generate_names_what_to_use_instead(kind: str) -> None:
+    speech = pipe(kind).speech
+    fast = polyspec.custom_generate("prompt_lookup")
+    with pytest.raises(polyspec.UnsupportedModelError, match="pipeline"):
+        speech.model.generate(**speech.inputs(["a"]), max_new_tokens=4, do_sample=False, custom_generate=fast)
+
+
 # -- CSM ---------------------------------------------------------------------------------------------------------------
 
 
