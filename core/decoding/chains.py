@@ -63,7 +63,8 @@ def denoise(context: LatentContext, chains: Chains, ahead: Ahead | None = None) 
     clean: Tensor | None = None
     while (rows := chains.unfinished(total)) is not None:
         whole = len(rows) == len(chains.steps)
-        at = torch.tensor([s for s in chains.steps if s < total], device=rows.device)
+        left = [(r, s) for r, s in enumerate(chains.steps) if s < total]  # as `rows`, known without asking the device
+        at = torch.tensor([s for _, s in left], device=rows.device)
         x, condition, noise = (y if whole else y[rows] for y in (chains.x, chains.condition, chains.noise))
         if clean is None or ahead is None:
             y, last = step(context, condition, x, at, noise, ahead is not None)
@@ -75,7 +76,7 @@ def denoise(context: LatentContext, chains: Chains, ahead: Ahead | None = None) 
         chains.x = y if whole else chains.x.index_copy(0, rows, y)
         if last is not None:
             clean = last if whole else (torch.zeros_like(chains.x) if clean is None else clean).index_copy(0, rows, last)
-        for r, n in zip(rows.tolist(), taken, strict=True):
+        for (r, _), n in zip(left, taken, strict=True):
             chains.steps[r] += n
     context.stats.head_calls += calls
     return calls
