@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from polyspec.attention import grouped
 from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+from polyspec.laid_out import laid_out, using
 from polyspec.prompt_inputs import PromptInputs, check_placeholders, gather_inputs, refuse_guidance, split_once
 from polyspec.trees import Tree
 
@@ -107,6 +108,7 @@ class Target:
         self.given = PromptInputs()  # what came with the prompt
         self.once: Mapping[str, Any] = {}  # of that, what the pass under way gets
         self.wanted = 0
+        self.linears = laid_out(model)
         self.keep_finished = False  # whether rows that have stopped stay in the cache, for `past`
 
     @property
@@ -145,6 +147,7 @@ class Target:
         nothing to run.
         """
         self.rows = tokens.shape[0]
+        self.linears = laid_out(self.model)  # weights may have changed since
         check_placeholders(self.model, tokens, extra)
         once, extra = split_once(extra)
         self.extra = {**self.extra, **extra}
@@ -258,7 +261,7 @@ class Target:
             if isinstance(tree, Tree) and tree.parents.dim() == 2:
                 tree = Tree(self.present(tree.parents), tree.height, tree.width)
         slots, mask = self.layout(tokens.shape[1], tree, tokens.device)
-        with grouped(self.config) if self.takes_attention else nullcontext():
+        with using(self.linears), grouped(self.config) if self.takes_attention else nullcontext():
             logits, hidden = self.call(tokens, self.place(slots), mask, keep_logits)
         if logits is not None and self.guidance is not None:
             half = len(tokens) // 2

@@ -37,9 +37,10 @@ from transformers.models.llama.modeling_llama import (
 from polyspec.cache import RaggedCache
 from polyspec.drafting.base import Context, Draft
 from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
-from polyspec.drafting.lean import Interleaved, LeanLayer, Turns, derived, floor, gain, stacked, unit
+from polyspec.drafting.lean import Interleaved, LeanLayer, Turns, floor, gain, stacked, unit
 from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError
+from polyspec.laid_out import derived
 from polyspec.target import Target
 
 Attended = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -28,9 +28,10 @@ from polyspec.attention import grouped
 from polyspec.cache import RaggedCache
 from polyspec.drafting.base import Context, Draft
 from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
-from polyspec.drafting.lean import LeanLayer, Turns, derived, stacked
+from polyspec.drafting.lean import LeanLayer, Turns, stacked
 from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError
+from polyspec.laid_out import derived
 from polyspec.target import Target, pack_rows
 from polyspec.trees import Tree
 

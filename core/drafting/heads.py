@@ -19,8 +19,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, PreTrainedModel
 
 from polyspec.drafting.base import Context, Draft
-from polyspec.drafting.lean import Frozen, derived, rows_of
+from polyspec.drafting.lean import Frozen, rows_of
 from polyspec.errors import CheckpointError, ConfigError, UnsupportedModelError
+from polyspec.laid_out import derived
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
 

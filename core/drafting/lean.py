@@ -8,16 +8,15 @@ of which costs the same whether its tensors hold 256 numbers or a million. Here 
 * rows of W_q and W_k are interleaved so that the pairs which the rotary embedding turns lie side by side: one complex
   product by e^{iθt} from a table turns all heads of q and k;
 * keys and values are kept in float32 on a CPU, whose bfloat16 attention costs several times as much for few rows;
-* bfloat16 matrices are laid out for the processor's instructions once rather than in every call (`linear`).
+* bfloat16 matrices are laid out for the processor once rather than in every call (`linear`).
 
 The result is the layer's up to rounding. There are no gradients: training goes through the modules themselves.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,32 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from polyspec.attention import for_groups
 from polyspec.cache import RaggedCache
-
-T = TypeVar("T")
-Linear = Callable[[Tensor], Tensor]
-
-_DERIVED: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
-
-
-def derived(module: nn.Module, name: str, make: Callable[[], T], *others: Tensor) -> T:
-    """`make()`, something computed from the weights of `module` and from `others`, kept until one of them changes.
-
-    It must not refer to `module` itself, or neither is ever freed."""
-    sources = (*module.parameters(), *others)
-    state = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in sources]
-    found = _DERIVED.setdefault(module, {})
-    if name not in found or found[name][0] != state:
-        found[name] = state, make()
-    return found[name][1]
-
-
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """x `[.., d]` to `weight x + bias` `[.., d']`, without gradients."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and lays_out():
-        ready = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, ready, bias, "none", [], "")
-    return lambda x: functional.linear(x, weight, bias)
+from polyspec.laid_out import Linear, linear
 
 
 def rows_of(layer: nn.Linear, rows: Tensor) -> nn.Linear:
@@ -78,13 +52,6 @@ class Frozen:
         for stage in self.stages if plain else self.ready:
             x = stage(x)
         return x
-
-
-def lays_out() -> bool:
-    """Whether this torch and this processor can multiply by a bfloat16 matrix that was laid out before."""
-    ops: Any = torch.ops.mkldnn
-    known = all(hasattr(ops, n) for n in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"))
-    return torch.backends.mkldnn.is_available() and known and ops._is_mkldnn_bf16_supported()
 
 
 def stacked(projections: Sequence[Any], scale: Tensor | None = None) -> Linear:

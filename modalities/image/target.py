@@ -23,8 +23,9 @@ from torch.nn.functional import embedding, normalize
 from transformers import PreTrainedModel
 
 from polyspec.distributions import Constraint
-from polyspec.drafting.lean import Frozen, derived
+from polyspec.drafting.lean import Frozen
 from polyspec.errors import CheckpointError, ConfigError, unknown
+from polyspec.laid_out import derived
 from polyspec.modalities.image.codebook import neighbour_table
 from polyspec.modalities.image.output_rows import OutputRows
 from polyspec.target import Guidance, Target, guide_logits

@@ -13,7 +13,8 @@ from polyspec.cache import RaggedCache
 from polyspec.drafting import lean
 from polyspec.drafting.dflash import DFlashModel, LeanDFlash
 from polyspec.drafting.eagle import EagleModel, LeanEagle
-from polyspec.drafting.lean import Frozen, derived, linear, rows_of
+from polyspec.drafting.lean import Frozen, rows_of
+from polyspec.laid_out import derived, linear
 from tests.tiny_models import target
 
 ROWS, WIDTH, BLOCK = 2, 32, 4
