@@ -33,6 +33,10 @@ class LengthPolicy(Protocol):
         """Whether a sequential drafter should go on after drawing from `scores [B, 1, V]`."""
         ...
 
+    def budget(self, values: Tensor) -> int:
+        """How many of a tree's likeliest nodes to check, whose paths have log-probabilities `values [B, M]`, falling."""
+        ...
+
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
         """The round's outcome: row b gained `gained[b]` tokens (0: it had finished)."""
         ...
@@ -59,6 +63,9 @@ class Fixed:
 
     def keep_drafting(self, scores: Tensor) -> bool:
         return True
+
+    def budget(self, values: Tensor) -> int:
+        return values.shape[1]
 
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
         pass
@@ -180,6 +187,8 @@ class Auto(Fixed):
     taken as it runs, relative to the target's in the same round. How many tokens a draft of length n makes the target
     score is seen as it runs too: n of a chain, all nodes of a tree that deep. Expected tokens of length n:
     1 + Σ_{i≤n} Π_{j≤i} α_j.
+    Of a tree it has the m likeliest nodes checked for which 1 + r Σ_{i≤m} V_i over the round's cost is greatest: V_i the
+    drafter's probability of a node's path, r how many tokens were accepted for one that such sums promised.
     While zero wins, one short draft is tried now and then, so that a workload that turns predictable is noticed: at
     intervals that double, and so seldom that it costs 2 % of the time at most.
 
@@ -196,6 +205,7 @@ class Auto(Fixed):
         self.kept, self.tried = np.zeros(self.length), np.zeros(self.length)
         self.draft = np.zeros(6)  # discounted sums of 1, n, n², cost, n·cost and slope over rounds with a draft
         self.scored = np.zeros(self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
+        self.promised = np.ones(2)  # discounted sums over trees: tokens accepted, Σ V of their nodes
         self.wait = np.full(1, SHORTEST_WAIT)  # rounds between two tries while zero wins
 
     def begin(self, context: Context) -> None:
@@ -205,16 +215,32 @@ class Auto(Fixed):
         if self.nominal:
             learnt = (self.kept, self.tried, self.draft, self.scored)
             self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
+            self.promised = np.ones(2)
             self.wait = np.full(1, SHORTEST_WAIT)
         else:  # what earlier runs taught is a start, worth ten rounds at most; in place, for a run's copy shares it
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft):
                 learnt *= trust
         self.before = (0.0, 0.0, 0, 0, 0)
+        self.count, self.sum = 0, 0.0  # of the round under way: the draft's length, Σ V of the nodes checked
         self.pause = int(self.wait[0]) if self.tried.any() else 0
 
     def next(self) -> int:
-        self.before = counts(self.context.stats)
+        self.before, self.sum = counts(self.context.stats), 0.0
+        self.count = self.choose()
+        return self.count
+
+    def budget(self, values: Tensor) -> int:
+        running = self.context.sequences.running_tensor[: len(values), None]
+        sums = torch.where(running, values.exp(), 0).cumsum(1).sum(0) / running.sum()
+        sums = np.array(sums.tolist())
+        nodes = np.arange(1, len(sums) + 1)
+        cost = self.call_cost(1 + nodes) + self.draft_cost(np.full(len(nodes), self.count))
+        best = int(np.argmax((1 + self.promised[0] / self.promised[1] * sums) / cost))
+        self.sum = float(sums[best])
+        return best + 1
+
+    def choose(self) -> int:
         if self.costs is None:
             self.costs = call_costs(self.context, self.length + 1)
         count = np.arange(self.length + 1)
@@ -277,6 +303,9 @@ class Auto(Fixed):
         cost = NOMINAL_DRAFT * drafted
         if not self.nominal:
             cost = drafting / max(scoring, 1e-9) * float(self.call_cost(np.array([1.0 + scored]))[0])
+        if self.sum:
+            self.promised *= self.decay
+            self.promised += accepted.mean(), self.sum
         self.draft *= self.decay
         # every call costs the same, and the first token takes one: none of a block's costs more than the first
         slope = cost / drafted * (drafted - 1) / (reach - 1) if drafted and reach > 1 else cost / reach

@@ -129,6 +129,41 @@ def test_auto_carries_nothing_over_where_a_seed_has_to_give_the_same_again(monke
     assert rounds(policy, nothing, 40, fixed_rounds=True, draft=5.0, monkeypatch=monkeypatch) == first
 
 
+def checked_nodes(
+    policy: Any, accepted: float, call: float, monkeypatch: pytest.MonkeyPatch, rows: int = 1
+) -> list[int]:
+    """How many of four nodes, worth 0.6, 0.3, 0.1 and 0.05, are checked over some rounds that accept so many tokens."""
+    stats, running = DecodingStats(), torch.arange(rows) == 0
+    sequences = SimpleNamespace(running_tensor=running)
+    context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=False), sequences=sequences)
+    monkeypatch.setattr(lengths, "call_costs", lambda context, most: {1: 1.0, 2: 1 + call})
+    policy.begin(context)
+    values = torch.tensor([[0.6, 0.3, 0.1, 0.05]]).log().repeat(rows, 1)
+    values[1:] = -torch.inf  # rows that have stopped promise nothing
+    chosen, coin = [], np.random.default_rng(0)
+    for _ in range(60):
+        policy.next()
+        chosen.append(policy.budget(values))
+        stats.target_seconds += 1 + call * chosen[-1]
+        gained = [1 + int(coin.random() < accepted), *[0] * (rows - 1)]
+        stats.record(2, gained, chosen[-1])
+        policy.observe(2, gained, stats)
+    return chosen
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_auto_checks_the_nodes_that_pay(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(accepted: float, call: float) -> int:
+        return checked_nodes(Auto(4), accepted, call, monkeypatch, rows)[-1]
+
+    assert last(1.0, 0.001) == 4, "where they cost next to nothing, all"
+    # a node that costs 0.1 calls pays while it brings more than a tenth of what the round brings for each call
+    assert last(1.0, 0.1) == 2
+    assert last(1.0, 0.3) == 1
+    assert last(0.2, 0.1) == 1, "of a drafter that promises five times what it holds the best one at most"
+    assert checked_nodes(Fixed(4), 1.0, 0.3, monkeypatch)[-1] == 4
+
+
 def test_adaptive_grows_when_any_row_accepts_all_and_shrinks_otherwise() -> None:
     policy, stats = Adaptive(4, minimum=2, maximum=9), DecodingStats()
     policy.begin(SimpleNamespace())  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor
 from polyspec.drafting.base import Context, Draft, Drafter
 from polyspec.lengths import positive
 from polyspec.target import Target
-from polyspec.trees import best_first_block
+from polyspec.trees import Tree, best_first_block, eagle2_select
 
 
 class BlockDrafter(Drafter, Protocol):
@@ -46,7 +46,11 @@ class BlockTree:
         # ranking needs no processor that looks at the drafted prefix: it only orders candidates
         scores = processing.scores(logits, s, s.tail(1)[:, :0]) if processing.history_free else logits.float()
         q = self.context.draws.outlook(scores, s.positions(logits.shape[1])).softmax(-1)
-        tokens, tree, _ = best_first_block(q, self.nodes)
+        tokens, tree, value = best_first_block(q, self.nodes)
+        size = self.context.length.budget(value.sort(descending=True).values)
+        if size < tree.size:
+            keep, parents = eagle2_select(value, tree.parents, size)
+            tokens, tree = tokens.gather(1, keep), Tree(parents, min(tree.height, size), min(tree.width, size))
         return Draft(tokens, None, tree)
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:

@@ -137,7 +137,11 @@ class LikeliestTree(LevelTree):
             expected, path = now, path[:, : self.width]  # sorted: the best go on
             scores = self.grow(token[:, : self.width], under[:, : self.width])
         self.inner.rollback()
-        tree = Tree(kept_parents, height=min(len(tokens), self.nodes), width=min(children, self.nodes))
+        every = torch.cat(paths, 1)
+        size = self.context.length.budget(every.topk(keep.shape[1]).values)
+        if size < keep.shape[1]:
+            keep, kept_parents, _ = opt_tree(every, torch.cat(parents, 1), size)
+        tree = Tree(kept_parents, height=min(len(tokens), size), width=min(children, size))
         return Draft(torch.cat(tokens, 1).gather(1, keep), None, tree)
 
     def worth(self, gain: Tensor, scores: Tensor) -> bool:
