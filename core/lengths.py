@@ -145,6 +145,7 @@ SIZES = (1, 2, 3, 5, 9, 17, 33)
 NOMINAL_CALL = 0.03  # what one more token adds to a target call, in calls of one token
 NOMINAL_DRAFT = 0.1  # what a drafter's call costs
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
+FEW_TRIES = 16  # rounds, discounted, with a draft; before that drafting is not given up for a streak of bad luck
 TRIES = 0.02  # of the time may go into them
 
 
@@ -247,6 +248,8 @@ class Auto(Fixed):
         tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(self.acceptance()))])
         cost = self.call_cost(1 + self.tokens_scored(count)) + np.where(count > 0, self.draft_cost(count), 0.0)
         best = int(np.argmax(tokens / cost))
+        if best == 0 and self.undecided(cost[1]):
+            best = 1
         if best > 0:
             self.wait[0], self.pause = SHORTEST_WAIT, 0
             return best
@@ -256,6 +259,12 @@ class Auto(Fixed):
         self.wait[0] = min(max(2 * self.wait[0], (cost[1] - cost[0]) / TRIES), LONGEST_WAIT)
         self.pause = int(self.wait[0])
         return 1
+
+    def undecided(self, cost: float) -> bool:
+        """Whether a draft of one token, `cost` with its check, may pay yet: it was tried a few times only, and would pay if
+        acceptance were a standard deviation above what was seen."""
+        seen, tried = float(self.acceptance()[0]), float(self.tried[0])
+        return tried < FEW_TRIES and 1 + seen + (seen * (1 - seen) / (tried + 2)) ** 0.5 > cost
 
     def acceptance(self) -> np.ndarray:
         """α_i of every position: its own rate, drawn to the rate of all (0.7 before anything is known)."""

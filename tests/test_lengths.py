@@ -204,3 +204,13 @@ def test_costs_of_target_calls_are_measured_once_a_model_and_leave_the_run_as_it
     model.generate(ids, do_sample=False, max_new_tokens=24, custom_generate=fast)
     assert lengths._COSTS[model] == {next(iter(lengths._COSTS[model])): measured}
     assert measured[1] == 1 and all(cost > 0 for cost in measured.values())
+
+
+def test_auto_does_not_give_up_for_a_streak_of_bad_luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    coin, luck = np.random.default_rng(1), iter([0, 0, 0, 0])
+
+    def unlucky_at_first(proposed: int) -> int:
+        return min(proposed, next(luck, int(coin.random() < 0.5)))
+
+    chosen = rounds(Auto(), unlucky_at_first, draft=0.05, monkeypatch=monkeypatch)
+    assert min(chosen) > 0, "four rejections in a row happen one time in sixteen"
