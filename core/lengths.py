@@ -177,7 +177,14 @@ def call_costs(context: Context, most: int) -> dict[int, float]:
 
 def counts(stats: DecodingStats) -> tuple[float, ...]:
     """What `Auto` takes the difference of round by round."""
-    return stats.draft_seconds, stats.target_seconds, stats.scored_tokens, stats.row_calls, stats.draft_calls
+    return (
+        stats.draft_seconds,
+        stats.target_seconds,
+        stats.verify_seconds,
+        stats.scored_tokens,
+        stats.row_calls,
+        stats.draft_calls,
+    )
 
 
 class Auto(Fixed):
@@ -185,9 +192,9 @@ class Auto(Fixed):
 
     Acceptance is learnt online, per position in the draft: a discounted count of how often position i was kept given
     that everything before it was. The target's cost of 1, 2, 4, … tokens is measured once a model; the drafter's is
-    taken as it runs, relative to the target's in the same round. How many tokens a draft of length n makes the target
-    score is seen as it runs too: n of a chain, all nodes of a tree that deep. Expected tokens of length n:
-    1 + Σ_{i≤n} Π_{j≤i} α_j.
+    taken as it runs, relative to the target's in the same round, and so, on a CPU, is that of verifying. How many tokens a
+    draft of length n makes the target score is seen as it runs too: n of a chain, all nodes of a tree that deep. Expected
+    tokens of length n: 1 + Σ_{i≤n} Π_{j≤i} α_j.
     Of a tree it has the m likeliest nodes checked for which 1 + r Σ_{i≤m} V_i over the round's cost is greatest: V_i the
     drafter's probability of a node's path, r how many tokens were accepted for one that such sums promised.
     While zero wins, one short draft is tried now and then, so that a workload that turns predictable is noticed: at
@@ -207,6 +214,7 @@ class Auto(Fixed):
         self.draft = np.zeros(6)  # discounted sums of 1, n, n², cost, n·cost and slope over rounds with a draft
         self.scored = np.zeros(self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
         self.promised = np.ones(2)  # discounted sums over trees: tokens accepted, Σ V of their nodes
+        self.verified = np.zeros(2)  # discounted sums of the cost of verifying and of tokens verified
         self.wait = np.full(1, SHORTEST_WAIT)  # rounds between two tries while zero wins
 
     def begin(self, context: Context) -> None:
@@ -216,13 +224,15 @@ class Auto(Fixed):
         if self.nominal:
             learnt = (self.kept, self.tried, self.draft, self.scored)
             self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
-            self.promised = np.ones(2)
+            self.promised, self.verified = np.ones(2), np.zeros(2)
             self.wait = np.full(1, SHORTEST_WAIT)
         else:  # what earlier runs taught is a start, worth ten rounds at most; in place, for a run's copy shares it
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
-            for learnt in (self.kept, self.tried, self.draft):
+            for learnt in (self.kept, self.tried, self.draft, self.verified):
                 learnt *= trust
-        self.before = (0.0, 0.0, 0, 0, 0)
+        # elsewhere the target's own time is spent where the host waits for it, that is while verifying
+        self.host = context.target.device.type == "cpu" and not self.nominal
+        self.before = (0.0, 0.0, 0.0, 0, 0, 0)
         self.count, self.sum = 0, 0.0  # of the round under way: the draft's length, Σ V of the nodes checked
         self.pause = int(self.wait[0]) if self.tried.any() else 0
 
@@ -236,7 +246,7 @@ class Auto(Fixed):
         sums = torch.where(running, values.exp(), 0).cumsum(1).sum(0) / running.sum()
         sums = np.array(sums.tolist())
         nodes = np.arange(1, len(sums) + 1)
-        cost = self.call_cost(1 + nodes) + self.draft_cost(np.full(len(nodes), self.count))
+        cost = self.check_cost(1 + nodes) + self.draft_cost(np.full(len(nodes), self.count))
         best = int(np.argmax((1 + self.promised[0] / self.promised[1] * sums) / cost))
         self.sum = float(sums[best])
         return best + 1
@@ -246,9 +256,9 @@ class Auto(Fixed):
             self.costs = call_costs(self.context, self.length + 1)
         count = np.arange(self.length + 1)
         tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(self.acceptance()))])
-        cost = self.call_cost(1 + self.tokens_scored(count)) + np.where(count > 0, self.draft_cost(count), 0.0)
+        cost = self.check_cost(1 + self.tokens_scored(count)) + np.where(count > 0, self.draft_cost(count), 0.0)
         best = int(np.argmax(tokens / cost))
-        if best == 0 and self.undecided(cost[1]):
+        if best == 0 and self.undecided(cost[1] / cost[0]):
             best = 1
         if best > 0:
             self.wait[0], self.pause = SHORTEST_WAIT, 0
@@ -256,7 +266,7 @@ class Auto(Fixed):
         if self.pause > 0:
             self.pause -= 1
             return 0
-        self.wait[0] = min(max(2 * self.wait[0], (cost[1] - cost[0]) / TRIES), LONGEST_WAIT)
+        self.wait[0] = min(max(2 * self.wait[0], (cost[1] / cost[0] - 1) / TRIES), LONGEST_WAIT)
         self.pause = int(self.wait[0])
         return 1
 
@@ -280,6 +290,10 @@ class Auto(Fixed):
         nearest = seen[np.abs(seen[None, :] - count[:, None]).argmin(1)]
         return np.where(count > 0, self.scored[nearest] * count / nearest, 0.0)
 
+    def check_cost(self, tokens: np.ndarray) -> np.ndarray:
+        """Cost of a target call of `tokens` tokens and of verifying them."""
+        return self.call_cost(tokens) + self.verified[0] / max(self.verified[1], 1e-9) * tokens
+
     def call_cost(self, tokens: np.ndarray) -> np.ndarray:
         """Cost of a target call of `tokens` tokens: straight lines through what was measured, and on from there."""
         assert self.costs is not None
@@ -302,16 +316,20 @@ class Auto(Fixed):
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
         accepted = np.array([g - 1 for g in gained if g])
         reach = min(proposed, self.length)
-        if not reach or self.costs is None or not len(accepted):
+        if self.costs is None or not len(accepted):
             return
-        drafting, scoring, scored, rows, drafted = (
+        drafting, scoring, verifying, scored, rows, drafted = (
             new - old for new, old in zip(counts(stats), self.before, strict=True)
         )
         scored = scored / rows if rows else float(reach)
+        second = float(self.call_cost(np.array([1.0 + scored]))[0]) / max(scoring, 1e-9)  # in target calls of one token
+        if self.host:
+            self.verified *= self.decay
+            self.verified += verifying * second, 1 + scored
+        if not reach:
+            return
         self.scored[reach] = scored
-        cost = NOMINAL_DRAFT * drafted
-        if not self.nominal:
-            cost = drafting / max(scoring, 1e-9) * float(self.call_cost(np.array([1.0 + scored]))[0])
+        cost = NOMINAL_DRAFT * drafted if self.nominal else drafting * second
         if self.sum:
             self.promised *= self.decay
             self.promised += accepted.mean(), self.sum

@@ -24,14 +24,17 @@ def rounds(
     *,
     call: float = 0.03,
     draft: float = 0.1,
+    verify: float = 0.0,
     fixed_rounds: bool = False,
     calls: Any = lambda proposed: proposed,
     monkeypatch: pytest.MonkeyPatch | None = None,
 ) -> list[int]:
     """Lengths chosen over `count` rounds, where `kept(proposed)` drafts are kept, a target call on n tokens costs
-    `1 + call * (n - 1)` seconds and drafting a token `draft` seconds, in `calls(proposed)` calls of the drafter."""
+    `1 + call * (n - 1)` seconds, verifying a token `verify` and drafting one `draft` seconds, in `calls(proposed)` calls of
+    the drafter."""
     stats = DecodingStats()
-    context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=fixed_rounds))
+    host = SimpleNamespace(device=torch.device("cpu"))
+    context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=fixed_rounds), target=host)
     if monkeypatch is not None:
         costs = {n: 1 + call * (n - 1) for n in lengths.SIZES}
         monkeypatch.setattr(lengths, "call_costs", lambda context, most: costs)
@@ -43,6 +46,7 @@ def rounds(
         stats.draft_seconds += draft * proposed
         stats.draft_calls += calls(proposed)
         stats.target_seconds += 1 + call * proposed
+        stats.verify_seconds += verify * (1 + proposed)
         gained = [kept(proposed) + 1]
         stats.record(proposed, gained)
         policy.observe(proposed, gained, stats)
@@ -135,7 +139,12 @@ def checked_nodes(
     """How many of four nodes, worth 0.6, 0.3, 0.1 and 0.05, are checked over some rounds that accept so many tokens."""
     stats, running = DecodingStats(), torch.arange(rows) == 0
     sequences = SimpleNamespace(running_tensor=running)
-    context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=False), sequences=sequences)
+    context = SimpleNamespace(
+        stats=stats,
+        draws=SimpleNamespace(fixed_rounds=False),
+        sequences=sequences,
+        target=SimpleNamespace(device=torch.device("cpu")),
+    )
     monkeypatch.setattr(lengths, "call_costs", lambda context, most: {1: 1.0, 2: 1 + call})
     policy.begin(context)
     values = torch.tensor([[0.6, 0.3, 0.1, 0.05]]).log().repeat(rows, 1)
@@ -214,3 +223,14 @@ def test_auto_does_not_give_up_for_a_streak_of_bad_luck(monkeypatch: pytest.Monk
 
     chosen = rounds(Auto(), unlucky_at_first, draft=0.05, monkeypatch=monkeypatch)
     assert min(chosen) > 0, "four rejections in a row happen one time in sixteen"
+
+
+def test_auto_counts_what_verifying_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    coin = np.random.default_rng(0)
+
+    def half(proposed: int) -> int:
+        return min(proposed, int(coin.random() < 0.5))
+
+    # a draft makes 1.5 tokens out of one for 1.3 calls instead of one, and with verifying for 2.3 instead of 1.5
+    assert rounds(Auto(), half, 100, call=0.2, monkeypatch=monkeypatch)[-30:].count(0) == 0
+    assert rounds(Auto(), half, 100, call=0.2, verify=0.5, monkeypatch=monkeypatch)[-30:].count(0) > 20

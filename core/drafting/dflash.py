@@ -239,6 +239,7 @@ class DFlash(HeadDrafter[DFlashModel]):
 
     def block(self, count: int) -> Tensor:
         """Logits `[B, count, V]` of the next positions, at most `block - 1` of them."""
+        self.catch_up()
         pending = self.streams(self.sequences.tail(1)[:, 0])
         block = self.lean.queries(self.layers.embed(pending), self.last)
         mask, width = None, block.shape[1]
@@ -251,6 +252,3 @@ class DFlash(HeadDrafter[DFlashModel]):
 
     def propose(self, count: int) -> Draft:
         return self.draw(self.block(count))
-
-    def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
-        self.remember(hidden)

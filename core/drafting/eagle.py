@@ -139,9 +139,9 @@ class Eagle(HeadDrafter[EagleModel]):
             prompt, mask = self.target.with_unconditional(prompt, mask)
         tokens, _ = pack_rows(prompt, mask)
         if max(lengths) > 0:
-            self.catch_up(tokens[:, 1:], self.prompt_hidden(hidden))
+            self.extend(tokens[:, 1:], self.prompt_hidden(hidden))
 
-    def catch_up(self, tokens: Tensor, hidden: tuple[Tensor, ...]) -> None:
+    def extend(self, tokens: Tensor, hidden: tuple[Tensor, ...]) -> None:
         """Entries (f_i, x_{i+1}) from the target's hidden states `[S, T, d]` and the tokens that followed `[S, T]`; as
         many as the target kept stay, and the last one's prediction is where drafting starts."""
         kept, width = self.target.cache_lengths, tokens.shape[1]
@@ -167,6 +167,7 @@ class Eagle(HeadDrafter[EagleModel]):
         return self.lean(self.layers.embed(tokens), features, turns, mask, self.cache)
 
     def root(self) -> Tensor:
+        self.catch_up()
         self.kept, self.reached = self.cache.lengths, self.predicted
         self.context.stats.draft_calls += 1
         return self.logits(self.predicted)
@@ -184,6 +185,7 @@ class Eagle(HeadDrafter[EagleModel]):
         self.cache.rollback(self.kept)
 
     def propose(self, count: int) -> Draft:
+        self.catch_up()
         s, feature, kept = self.sequences, self.predicted, self.cache.lengths
         context, positions = self.context, s.positions(count)
         drafts, tokens, probs = s.tail(1)[:, :0], [], []
@@ -202,8 +204,8 @@ class Eagle(HeadDrafter[EagleModel]):
         self.cache.rollback(kept)
         return Draft(torch.cat(tokens, dim=1), None if probs[0] is None else torch.cat(probs, dim=1))
 
-    def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
+    def remember(self, hidden: tuple[Tensor, ...]) -> None:
         s, width = self.sequences, hidden[0].shape[1]
         start = torch.tensor(self.cache.lengths[: s.batch], device=s.device) + s.pad_tensor + 1
         columns = start[:, None] + torch.arange(width, device=s.device)
-        self.catch_up(self.streams(s.tokens.gather(1, columns.clamp(max=s.limit))), hidden)
+        self.extend(self.streams(s.tokens.gather(1, columns.clamp(max=s.limit))), hidden)

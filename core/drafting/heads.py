@@ -124,6 +124,7 @@ def name_of(target: Target) -> str:
 
 
 M = TypeVar("M", bound=HeadModel)
+MOST_WAITING = 64  # rounds whose hidden states are held until something is drafted
 
 
 @cache
@@ -234,6 +235,28 @@ class HeadDrafter(Generic[M]):
         ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (self.model, target.model))
         context.stats.draft_ratio = ours / theirs
         self.layers = TokenLayers(target, self.model.vocab_map)
+        self.waiting: list[tuple[Tensor, ...]] = []
+
+    def remember(self, hidden: tuple[Tensor, ...]) -> None:
+        """Take in hidden states `[S, T, d]` of the next T tokens of every row, as many as the target kept of them."""
+        raise NotImplementedError
+
+    def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
+        """Rounds that gain every row one token wait for the next draft: while none pays, none is prepared for."""
+        one = hidden[0].shape[1] == 1
+        if one:
+            self.waiting.append(hidden)
+        if not one or len(self.waiting) == MOST_WAITING:
+            self.catch_up()
+        if not one:
+            self.remember(hidden)
+
+    def catch_up(self) -> None:
+        """Take in what waits. To be called before anything is drafted."""
+        if self.waiting:
+            hidden = tuple(torch.cat(layer, dim=1) for layer in zip(*self.waiting, strict=True))
+            self.waiting.clear()
+            self.remember(hidden)
 
     def prompt_hidden(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """The prompt's hidden states `[S, P-1, d]`, zero for what a cache handed over by the caller already held."""

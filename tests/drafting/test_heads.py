@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 
 import polyspec
 from polyspec.cache import RaggedCache
+from polyspec.drafting import heads as heads_module
 from polyspec.drafting.dflash import DFlash, DFlashModel, spread_layers
 from polyspec.drafting.eagle import Eagle, EagleModel
 from polyspec.drafting.heads import HeadModel, TokenLayers
 from polyspec.drafting.medusa import MedusaModel
+from polyspec.lengths import Fixed
 from polyspec.target import make_target
 
 HEADS: dict[str, tuple[type[HeadModel], dict[str, Any]]] = {
@@ -215,6 +218,45 @@ def test_eagle_predicts_from_true_features_after_every_round() -> None:
             columns = (torch.tensor(drafter.cache.lengths)[:, None] + torch.arange(8)).clamp(max=7)
             tgt.cache.rollback(kept)
             fed = (hidden[0].gather(1, columns[..., None].expand(-1, -1, 32)),)
-            drafter.catch_up(tokens.gather(1, columns), fed)
+            drafter.extend(tokens.gather(1, columns), fed)
         predictions.append(drafter.predicted)
     torch.testing.assert_close(*predictions)
+
+
+class NowAndThen(Fixed):
+    """Drafts in some rounds only."""
+
+    def begin(self, context: Any) -> None:
+        self.rounds = iter([2, 0, 0, 3, 0, 0, 0, 2, 2, 0, 1] * 10)
+
+    def next(self) -> int:
+        return next(self.rounds)
+
+
+@pytest.mark.parametrize("guidance", [None, 1.7], ids=["plain", "guided"])
+@pytest.mark.parametrize(("drafter", "recipe"), [(Eagle, "eagle"), (DFlash, "dflash")])
+def test_what_waits_while_nothing_is_drafted_is_taken_in_before_a_draft(
+    drafter: Any, recipe: str, guidance: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drafts(most: int) -> list[Tensor]:
+        monkeypatch.setattr(heads_module, "MOST_WAITING", most)
+        found: list[Tensor] = []
+
+        class Noted(drafter):
+            def propose(self, count: int) -> Any:
+                draft = super().propose(count)
+                found.append(draft.tokens[self.sequences.running_tensor])  # of rows that have stopped they are arbitrary
+                return draft
+
+        fast = polyspec.custom_generate(recipe, heads=heads)
+        fast.method = replace(fast.method, drafter=lambda: Noted(heads), length=NowAndThen(1))
+        # rows stop at lengths of their own
+        settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": [5, 9], "pad_token_id": 0}
+        target("llama").generate(**prompts(4), **settings, guidance_scale=guidance, custom_generate=fast)
+        return found
+
+    heads = untrained(recipe)
+    waiting, at_once = drafts(64), drafts(1)
+    assert len(waiting) == len(at_once) > 4
+    for ours, theirs in zip(waiting, at_once, strict=True):
+        assert torch.equal(ours, theirs)
