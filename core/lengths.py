@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -142,6 +142,7 @@ _COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], di
     weakref.WeakKeyDictionary()
 )
 SIZES = (1, 2, 3, 5, 9, 17, 33)
+ENOUGH, MEASURING = 2.5, 1.0
 NOMINAL_CALL = 0.03  # what one more token adds to a target call, in calls of one token
 NOMINAL_DRAFT = 0.1  # what a drafter's call costs
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
@@ -153,26 +154,41 @@ def call_costs(context: Context, most: int) -> dict[int, float]:
     """What forwards of 1, 2, 3, 5, 9, … tokens (steps, where the target has such) cost, up to `most`, behind the present
     cache, in forwards of one token.
 
-    Three interleaved passes, the fastest counts; measured once a model and process. Ratios, because a machine's speed
-    drifts more than they do.
+    Interleaved passes, of which the fastest counts, three or as many as `MEASURING` seconds allow; measured once a model and
+    process. Sizes beyond one that costs more than `ENOUGH` are taken from the line through the last two. Ratios, because a
+    machine's speed drifts more than they do.
     """
     target = context.target
     key = (str(target.model.dtype), str(target.device), len(target.cache_lengths))
     known = _COSTS.setdefault(target.model, {}).setdefault(key, {})
     sizes = [n for n in SIZES if n < 2 * most]
-    if not set(sizes) <= set(known):
-        token, kept = context.sequences.tail(1), context.sequences.cached
-        seconds = dict.fromkeys(sizes, float("inf"))
-        for _ in range(3):
-            for size in sizes:
-                start = time.perf_counter()
-                tokens = token.expand(-1, size * target.step)
-                logits = target.forward(tokens).logits
-                context.processing.scores(logits, context.sequences, tokens[:, 1:])[0, 0, 0].item()
-                seconds[size] = min(seconds[size], time.perf_counter() - start)
-                target.rollback(kept)
-        known.update({n: s / seconds[1] for n, s in seconds.items()})
+    if set(sizes) <= set(known):
+        return known
+    token, kept = context.sequences.tail(1), context.sequences.cached
+    seconds: dict[int, float] = {}
+    begun = time.perf_counter()
+    for turn in range(3):
+        if turn and time.perf_counter() - begun > MEASURING:
+            break
+        for size in sizes:
+            start = time.perf_counter()
+            tokens = token.expand(-1, size * target.step)
+            logits = target.forward(tokens).logits
+            context.processing.scores(logits, context.sequences, tokens[:, 1:])[0, 0, 0].item()
+            seconds[size] = min(seconds.get(size, float("inf")), time.perf_counter() - start)
+            target.rollback(kept)
+            if size > 1 and seconds[size] > ENOUGH * seconds[1]:
+                sizes = [n for n in sizes if n <= size]
+                break
+    known.update({n: s / seconds[1] for n, s in seconds.items()})
+    known.update({n: along_line(known, n) for n in SIZES if n < 2 * most and n not in known})
     return known
+
+
+def along_line(costs: Mapping[int, float], tokens: int) -> float:
+    """Costs by number of tokens, on the line through the two largest numbers."""
+    low, high = sorted(costs)[-2:]
+    return costs[high] + max(costs[high] - costs[low], 0.0) / (high - low) * (tokens - high)
 
 
 def counts(stats: DecodingStats) -> tuple[float, ...]:
