@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 T = TypeVar("T")
 Linear = Callable[[Tensor], Tensor]
+Layers = Sequence[tuple[nn.Module, Linear]]
 
 ROWS = 64  # what blocks are made for; those for one row are slow for thousands
 FEW = 256  # rows above which the product itself is what takes the time
@@ -55,7 +56,7 @@ def lays_out() -> bool:
     return torch.backends.mkldnn.is_available() and known and ops._is_mkldnn_bf16_supported()
 
 
-def laid_out(model: nn.Module) -> list[tuple[nn.Module, Linear]]:
+def laid_out(model: nn.Module) -> Layers:
     """The linear layers of `model` whose matrices are worth laying out, each with its forward; [] where none is: on other
     devices, in other dtypes, with too little memory. Layers of other classes, or whose forward somebody has replaced, are
     left alone."""
@@ -88,7 +89,7 @@ def forward_of(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 @contextmanager
-def using(layers: list[tuple[nn.Module, Linear]]) -> Iterator[None]:
+def using(layers: Layers) -> Iterator[None]:
     """Within, these layers (of `laid_out`) are called by their new forwards. Whoever else calls them meanwhile gets the same
     values."""
     for module, forward in layers:

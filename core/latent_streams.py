@@ -16,6 +16,7 @@ from polyspec.decoding.continuous import Continuous, Latents
 from polyspec.denoising import Sampler
 from polyspec.distributions import row_seeds
 from polyspec.drafting.continuous import LatentContext
+from polyspec.laid_out import Layers, laid_out, using
 from polyspec.metrics import LatentStats
 from polyspec.recipe import Method
 
@@ -31,6 +32,10 @@ class LatentStreams:
     dim: int
     sampler: Sampler
     backbone: Any
+    head: Any
+    """The module that `predict` calls."""
+    linears: Layers = ()
+    head_linears: Layers = ()
 
     def __init__(self, device: torch.device, dtype: torch.dtype, size: int, guidance_scale: float = 1.0):
         self.device, self.dtype, self.size, self.guidance = device, dtype, size, guidance_scale
@@ -58,6 +63,7 @@ class LatentStreams:
 
     @torch.no_grad()
     def prefill(self, prompt: Sequence[Sequence[int]], capacity: int) -> None:
+        self.linears, self.head_linears = laid_out(self.backbone), laid_out(self.head)
         rows = [list(p) for p in prompt]
         if self.guidance != 1:
             rows += [self.bare(p) for p in rows]
@@ -89,13 +95,14 @@ class LatentStreams:
         layout = self.cache.layout(width, None, self.device)
         mask = layout.visible[:, None].expand(streams, -1, -1, -1)
         positions = (layout.base + layout.depth).expand(streams, -1)
-        out = self.backbone(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with using(self.linears):
+            out = self.backbone(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         return out.last_hidden_state
 
     def rollback(self, slots: Sequence[int]) -> None:
@@ -104,7 +111,8 @@ class LatentStreams:
 
     @torch.no_grad()
     def means(self, condition: Tensor, x: Tensor, step: Tensor) -> Tensor:
-        out = self.predict(condition, x.to(self.dtype), step).float()
+        with using(self.head_linears):
+            out = self.predict(condition, x.to(self.dtype), step).float()
         if self.guidance != 1:
             out = out[..., 1, :] + self.guidance * (out[..., 0, :] - out[..., 1, :])
         else:

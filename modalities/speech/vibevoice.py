@@ -105,7 +105,8 @@ class VibeVoiceTarget(LatentStreams):
 
     def __init__(self, model: Any, sampler: Sampler, guidance_scale: float = 1.0):
         super().__init__(model.device, model.dtype, sum(p.numel() for p in model.parameters()), guidance_scale)
-        self.model, self.backbone, self.sampler = model, model.model.language_model, sampler.to(model.device)
+        self.model, self.backbone, self.head = model, model.model.language_model, model.model.diffusion_head
+        self.sampler = sampler.to(model.device)
         self.dim = model.config.audio_config.hidden_size
         config = model.config
         allowed = [config.audio_bos_token_id, config.audio_eos_token_id, config.audio_token_id, config.eos_token_id]

@@ -69,8 +69,7 @@ class ContinuousPipeline:
             self.model, self.tokenizer, self.vae = parts[:3]
         else:
             device = device or pipelines.default_device()
-            # latents are compared step by step: half precision would be noise of its own
-            kind = torch.float32 if dtype is None else pipelines.as_dtype(dtype, device)
+            kind = pipelines.as_dtype(dtype, device)  # of the networks; denoising steps are taken in float32
             self.model = pipelines.load(LatentImageModel.from_pretrained, folder, dtype=kind).to(device).eval()
             self.tokenizer = pipelines.load(AutoTokenizer.from_pretrained, folder)
             self.vae = pipelines.load(AutoencoderKL.from_pretrained, folder / VAE).to(device).eval()

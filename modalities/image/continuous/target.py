@@ -14,7 +14,7 @@ class LatentTarget(LatentStreams):
 
     def __init__(self, model: LatentImageModel, guidance_scale: float = 1.0):
         super().__init__(model.device, model.dtype, sum(p.numel() for p in model.parameters()), guidance_scale)
-        self.model, self.backbone = model, model.transformer
+        self.model, self.backbone, self.head = model, model.transformer, model.head
         self.dim, self.sampler = model.config.latent_dim, model.sampler().to(self.device)
         with torch.no_grad():
             self.times = model.head.times(self.sampler.timesteps)  # [T, size]
