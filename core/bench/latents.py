@@ -39,6 +39,8 @@ def run(config: DictConfig) -> None:
     sizes = settings["batches"]
     if not prompts or not sizes or min(sizes) < 1:
         raise InputError("bench.prompts and bench.batches must hold a prompt and a batch size ≥ 1 at least")
+    if config.get("target") is None and hasattr(evaluate, "continuous_sample"):
+        config = OmegaConf.merge(config, {"target": str(evaluate.continuous_sample())})  # type: ignore[assignment]
     plain = make_pipeline(config, "autoregressive")
     if not isinstance(getattr(plain, "loop", None), Continuous):
         raise InputError("this bench is for models of continuous tokens; set target= to the folder of one")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from polyspec.bench.calls import time_calls
+from polyspec.modalities.image.sample import latent_sample_path
 from polyspec.modalities.image.target import make_image_target
 from polyspec.prompts import load_prompts
 
@@ -50,6 +52,11 @@ def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -
     tokens = target.generate(pipe.processor, prompts, arguments.get("size"), **knobs)
     target.pictures(pipe.processor, tokens)
     return tokens.numel()
+
+
+def continuous_sample() -> Path:
+    """What the bench of continuous tokens measures if no target is named."""
+    return latent_sample_path()
 
 
 def call_seconds(pipe: Any, prompts: Sequence[str], sizes: Sequence[int], **arguments: Any) -> dict[int, float]:

@@ -16,9 +16,10 @@ from polyspec.decoding.continuous import Continuous
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Processing
 from polyspec.errors import ConfigError, InputError
-from polyspec.modalities.image.sample import NAME, sample_path
+from polyspec.modalities.image.sample import NAME, latent_sample_path, sample_path
 from polyspec.modalities.image.target import adapter, make_image_target, model_class
 from polyspec.outputs import Result
+from polyspec.recipe import find_recipe
 
 DEFAULT_RECIPE = "gumbel_jacobi"
 LATENT = "polyspec_latent_image"  # the model_type of models with a diffusion head
@@ -27,14 +28,17 @@ LATENT = "polyspec_latent_image"  # the model_type of models with a diffusion he
 class Pipeline:
     """Draws pictures with an autoregressive image model. See `polyspec.pipeline` for the arguments.
 
-    target: a folder or hub id, or a (model, processor) pair. A model of continuous tokens gets a pipeline of its own kind.
+    target: a folder or hub id, or a (model, processor) pair. A model of continuous tokens gets a pipeline of its own kind,
+    and is the default of the recipes that are for such.
     """
 
-    def __new__(cls, *, target: Any = None, **kwargs: Any) -> Any:
+    def __new__(cls, *, target: Any = None, recipe: str | None = None, **kwargs: Any) -> Any:
+        if target is None and recipe is not None and for_continuous_tokens(recipe):
+            target = latent_sample_path()
         if has_continuous_tokens(target):
             from polyspec.modalities.image.continuous.pipeline import ContinuousPipeline
 
-            return ContinuousPipeline(target=target, **kwargs)
+            return ContinuousPipeline(target=target, recipe=recipe, **kwargs)
         return super().__new__(cls)
 
     def __init__(
@@ -128,6 +132,11 @@ class Pipeline:
             chosen["guidance_scale"] = 1.0
         chosen["do_sample"] = bool(chosen["do_sample"])
         return chosen
+
+
+def for_continuous_tokens(recipe: str) -> bool:
+    """Whether a recipe's loop is that of continuous tokens; ConfigError if there is none of the name."""
+    return str(find_recipe(recipe).config.loop._target_).endswith(f".{Continuous.__name__}")
 
 
 def has_continuous_tokens(target: Any) -> bool:

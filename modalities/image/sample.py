@@ -13,11 +13,18 @@ from transformers import AutoProcessor, JanusForConditionalGeneration, JanusProc
 from polyspec.errors import CheckpointError
 
 NAME = "janus-emoji"
+LATENT_NAME = "latent-emoji"
+"""The sample of continuous tokens: 64 of 16 numbers, drawn by a diffusion head; see its card in `samples`."""
 
 
 def sample_path() -> Path:
     """The folder of the shipped checkpoint, in Hugging Face format."""
     return Path(str(importlib.resources.files("polyspec.samples"))) / NAME
+
+
+def latent_sample_path() -> Path:
+    """The folder of the shipped model of continuous tokens, its VAE and its draft model."""
+    return sample_path().parent / LATENT_NAME
 
 
 def load_sample(

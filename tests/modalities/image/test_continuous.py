@@ -24,6 +24,8 @@ from polyspec.denoising import ContinuousTarget
 from polyspec.drafting.continuous import LatentDraftModel
 from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError
 from polyspec.modalities.image.continuous import LatentImageModel
+from polyspec.modalities.image.continuous.pipeline import ContinuousPipeline
+from polyspec.modalities.image.sample import sample_path
 from polyspec.recipe import build, find_recipe
 
 PROMPTS = ["red heart", "blue star red"]
@@ -146,7 +148,7 @@ BAD = {
     ),
     "a recipe for discrete tokens": (lambda: pipe("sjd"), ConfigError, "is for discrete tokens"),
     "a discrete target": (
-        lambda: polyspec.pipeline("image", recipe="reflection"),
+        lambda: polyspec.pipeline("image", target=sample_path(), recipe="reflection"),
         ConfigError,
         "is for continuous tokens",
     ),
@@ -197,7 +199,17 @@ def test_the_bench_reports_speed_calls_and_acceptance_beside_its_bound(tmp_path:
     assert len(drafted["accepted_by_step"]) == len(drafted["bound_by_step"]) == tiny_latent.STEPS
     assert all((folder / name).stat().st_size > 1000 for name in ("results.png", "steps.png"))
     with pytest.raises(InputError, match="models of continuous tokens"):
-        bench("bench.count=1")
+        bench("bench.count=1", f"target={sample_path()}")
+
+
+def test_the_shipped_sample_is_what_recipes_for_continuous_tokens_draw_with() -> None:
+    pipe = polyspec.pipeline("image", recipe="reflection")
+    assert isinstance(pipe, ContinuousPipeline) and pipe.draft is not None
+    (heart,) = pipe("red heart", seed=0).outputs
+    red, green, blue = torch.from_numpy(np.array(heart)).float().movedim(-1, 0)
+    inside = (red > 150) & (green < 100) & (blue < 110)
+    assert 0.3 < inside.float().mean() < 0.8, "a red heart fills about half of the picture"
+    assert red[0, 0] > 230 and green[0, 0] > 230, "on white"
 
 
 def pictures_file(path: Path) -> Path:
