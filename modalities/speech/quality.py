@@ -1,4 +1,4 @@
-"""How well a recogniser understands what recipes say."""
+"""How well a recogniser understands what recipes say, and how it would be rated."""
 
 from __future__ import annotations
 
@@ -30,27 +30,47 @@ class Recogniser:
         return self.processor.batch_decode(self.model.generate(**inputs), skip_special_tokens=True)
 
 
+MOS_RATE = 16_000
+
+
+def dnsmos(sounds: Sequence[Audio]) -> float | None:
+    """The mean overall rating, 1 to 5, that listeners would give, as DNSMOS P.835 predicts it (2110.01763). It comes from
+    the package speechmos (extra `quality`); None without it."""
+    try:
+        from speechmos import dnsmos as model  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    rated = []
+    for sound in sounds:
+        wave = torchaudio.functional.resample(sound.waveform.mean(0), sound.sample_rate, MOS_RATE).clamp(-1, 1)
+        rated.append(float(model.run(wave.numpy(), MOS_RATE)["ovrl_mos"]))
+    return sum(rated) / max(1, len(rated))
+
+
 def bench_quality(
     pipes: Mapping[str, Any], settings: Mapping[str, Any], arguments: Mapping[str, Any], seed: int
 ) -> dict[str, dict[str, float]]:
-    """For each pipeline, by label: `word_error_rate` of what the recogniser hears, `real_time_factor`, and
-    `first_audio_seconds` until a stream of a text gives its first sound.
+    """For each pipeline, by label: `word_error_rate` of what the recogniser hears, `dnsmos` if that can be had,
+    `real_time_factor`, and `first_audio_seconds` until a stream of a text gives its first sound.
 
     settings: path (the recogniser, see `Recogniser`), prompts (a name in samples/prompts or a list), count, batch.
     """
     texts = bench_prompts(settings["prompts"])[: settings["count"]]
     hear, found = Recogniser(settings["path"]), {}
     for label, pipe in pipes.items():
-        heard, total = [], None
+        heard, total, ratings = [], None, []
         for start in range(0, len(texts), settings["batch"]):
             said = pipe(texts[start : start + settings["batch"]], seed=seed + start, **arguments)
             heard += hear(said.outputs)
+            if (rating := dnsmos(said.outputs)) is not None:
+                ratings += [rating] * len(said.outputs)
             total = said.stats if total is None else total.plus(said.stats)
         stream = pipe.stream(texts[0], seed=seed, **arguments)
         for _ in stream:
             pass
         found[label] = {
             "word_error_rate": word_error_rate(texts, heard),
+            **({"dnsmos": sum(ratings) / len(ratings)} if ratings else {}),
             "real_time_factor": total.real_time_factor if total else 0.0,
             "first_audio_seconds": stream.stats.first_output_seconds,
         }

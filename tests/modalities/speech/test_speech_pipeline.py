@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from torch import Tensor
 import polyspec
 from polyspec.cli import main
 from polyspec.modalities.speech.evaluate import own_tokens, word_error_rate
+from polyspec.modalities.speech.quality import dnsmos
 from polyspec.modalities.speech.target import CodecFormat
+from polyspec.outputs import Audio
 
 pytest.importorskip("hibari")
 _spec = importlib.util.spec_from_file_location("tiny_speech", Path(__file__).with_name("tiny_speech.py"))
@@ -201,3 +204,19 @@ def test_codes_that_do_not_fit_the_model_are_refused() -> None:
 def test_words_left_out_added_and_wrong_are_counted() -> None:
     assert word_error_rate(["The cat sat.", "on a mat"], ["the cat sat", "on mat now"]) == pytest.approx(2 / 6)
     assert word_error_rate(["one two"], [""]) == 1.0
+
+
+def test_ratings_are_of_the_sound_at_the_model_s_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def run(wave: Any, rate: int) -> dict[str, float]:
+        asked.append((len(wave), rate))
+        return {"ovrl_mos": 1.0 + len(asked)}
+
+    package = ModuleType("speechmos")
+    package.dnsmos = SimpleNamespace(run=run)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "speechmos", package)
+    assert dnsmos([Audio(torch.zeros(1, 12_000), 24_000), Audio(torch.zeros(1, 16_000), 16_000)]) == 2.5
+    assert asked == [(8_000, 16_000), (16_000, 16_000)]
+    monkeypatch.setitem(sys.modules, "speechmos", None)
+    assert dnsmos([Audio(torch.zeros(1, 16_000), 16_000)]) is None
