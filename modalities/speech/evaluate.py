@@ -16,9 +16,12 @@ def bench_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def transformers_generate(pipe: Any, prompts: Sequence[str], **arguments: Any) -> int:
-    """Speak with the model's own `generate`; the number of new tokens."""
+    """Speak with the model's own `generate`, sound and all; the number of new tokens."""
     found = [piece for text in prompts for piece in pipe.speech.pieces(text)]
-    return sum(len(tokens) for tokens in own_tokens(pipe, found, **arguments))
+    spoken = own_tokens(pipe, found, **arguments)
+    for tokens in spoken:
+        pipe.speech.voice().push(tokens, last=True)
+    return sum(len(tokens) for tokens in spoken)
 
 
 def own_tokens(pipe: Any, found: Sequence[str], **arguments: Any) -> list[list[int]]:
