@@ -143,7 +143,7 @@ _COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], di
 )
 SIZES = (1, 2, 3, 5, 9, 17, 33)
 ENOUGH, MEASURING = 2.5, 1.0
-NOMINAL_CALL = 0.03  # what one more token adds to a target call, in calls of one token
+NOMINAL_CALL = 0.015  # what one more token adds to a target call, in calls of one token
 NOMINAL_DRAFT = 0.1  # what a drafter's call costs
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
 FEW_TRIES = 16  # rounds, discounted, with a draft; before that drafting is not given up for a streak of bad luck
