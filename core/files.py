@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Where things lie, and writing files whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 from polyspec.errors import InputError
@@ -28,6 +29,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def shipped(name: str) -> Path:
+    """The file or folder `name` of the samples that come with the package."""
+    return Path(str(files("polyspec.samples"))) / name
 
 
 def cache_root(folder: str | Path | None = None) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process as hf
 
 from polyspec.errors import CheckpointError, ConfigError, unknown
+from polyspec.files import shipped
 from polyspec.outputs import Result
 from polyspec.recipe import Method, Recipe, build, find_recipe, recipes
 
@@ -98,7 +98,7 @@ def shipped_drafter(sample: str | None, recipe: Recipe, need: str) -> Path | Non
         drafter = recipe.config.drafter
         heads: Any = get_class(drafter.get("inner", drafter)._target_)
         kind = heads.kind.config_class.model_type.removeprefix("polyspec_")
-    folder = Path(str(files("polyspec.samples"))) / "drafters" / sample / kind if sample else None
+    folder = shipped("drafters") / sample / kind if sample else None
     return folder if folder and (folder / "config.json").exists() else None
 
 

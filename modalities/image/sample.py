@@ -3,7 +3,6 @@
 256 image tokens from a codebook of 512; trained by `polyspec task=train modality=image` (see `train` beside this).
 """
 
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoProcessor, JanusForConditionalGeneration, JanusProcessor
 
 from polyspec.errors import CheckpointError
+from polyspec.files import shipped
 
 NAME = "janus-emoji"
 LATENT_NAME = "latent-emoji"
@@ -19,12 +19,12 @@ LATENT_NAME = "latent-emoji"
 
 def sample_path() -> Path:
     """The folder of the shipped checkpoint, in Hugging Face format."""
-    return Path(str(importlib.resources.files("polyspec.samples"))) / NAME
+    return shipped(NAME)
 
 
 def latent_sample_path() -> Path:
     """The folder of the shipped model of continuous tokens, its VAE and its draft model."""
-    return sample_path().parent / LATENT_NAME
+    return shipped(LATENT_NAME)
 
 
 def load_sample(

@@ -4,10 +4,10 @@ Trained by `polyspec task=train modality=recommendation train.items.titles=false
 the data set, whose licence forbids redistribution: they are fetched when the sample is first used.
 """
 
-import importlib.resources
 from pathlib import Path
 
 from polyspec.errors import CheckpointError
+from polyspec.files import shipped
 from polyspec.modalities.recommendation.data import movielens
 from polyspec.modalities.recommendation.items import Items
 
@@ -16,7 +16,7 @@ NAME = "llama-movielens"
 
 def sample_path() -> Path:
     """The folder of the shipped checkpoint."""
-    return Path(str(importlib.resources.files("polyspec.samples"))) / NAME
+    return shipped(NAME)
 
 
 def existing_sample() -> Path:

@@ -3,17 +3,17 @@
 Trained by `polyspec task=train modality=speech` (see `train` beside this).
 """
 
-import importlib.resources
 from pathlib import Path
 
 from polyspec.errors import CheckpointError
+from polyspec.files import shipped
 
 NAME = "llama-hibari"
 
 
 def sample_path() -> Path:
     """The folder of the shipped checkpoint, in Hugging Face format."""
-    return Path(str(importlib.resources.files("polyspec.samples"))) / NAME
+    return shipped(NAME)
 
 
 def existing_sample() -> Path:

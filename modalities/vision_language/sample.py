@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +31,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector
 
 from polyspec.errors import CheckpointError
+from polyspec.files import shipped
 from polyspec.modalities.text.sample import cache_folder, fetch_sample
 from polyspec.pipelines import load
 
@@ -70,7 +70,7 @@ class Eyes(PreTrainedModel):
 
 def sample_folder() -> Path:
     """Where the shipped vision tower and projector are."""
-    return Path(str(files("polyspec.samples"))) / "llava-smollm2"
+    return shipped("llava-smollm2")
 
 
 def is_sample(folder: Any) -> bool:
