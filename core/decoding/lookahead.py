@@ -87,7 +87,8 @@ class Lookahead:
                 drafted = draft.tokens.gather(1, path.clamp(min=0))
                 # the window moves up a level; its last level is what the target puts behind each column
                 ends = slice((self.levels - 1) * self.window + 1, self.levels * self.window + 1)
-                grams = torch.cat([levels, drawn[:, None, ends]], dim=1)
+                # where a processor rules out every token behind a wrong guess, nothing is drawn (-1): any token will do
+                grams = torch.cat([levels, drawn[:, None, ends].clamp(min=0)], dim=1)
                 levels = grams[:, 1:]
                 # offsets of the committed token and of the walked nodes among the tokens just scored
                 kept = functional.pad(path + 1, (1, 0)).clamp(min=0)

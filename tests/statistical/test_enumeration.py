@@ -241,7 +241,7 @@ def test_every_row_of_a_ragged_batch_has_its_own_distribution(name: str) -> None
     assert p_value(made(name), "sampled", FEWER // 2, prompts=PROMPTS) > THRESHOLD
 
 
-@pytest.mark.parametrize("name", ["prompt_lookup", "scd_gs"])
+@pytest.mark.parametrize("name", ["prompt_lookup", "scd_gs", "lookahead"])
 def test_drafts_behind_which_nothing_is_allowed_leave_the_distribution_alone(name: str) -> None:
     assert p_value(made(name), "constrained", FEWER) > THRESHOLD
 
