@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from polyspec.attention import grouped
 from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
-from polyspec.laid_out import laid_out, using
+from polyspec.laid_out import Layers, laid_out, using
 from polyspec.prompt_inputs import PromptInputs, check_placeholders, gather_inputs, refuse_guidance, split_once
 from polyspec.trees import Tree
 
@@ -108,7 +108,7 @@ class Target:
         self.given = PromptInputs()  # what came with the prompt
         self.once: Mapping[str, Any] = {}  # of that, what the pass under way gets
         self.wanted = 0
-        self.linears = laid_out(model)
+        self.linears: Layers = ()  # since the last `prefill` or `open`; weights may change between runs
         self.keep_finished = False  # whether rows that have stopped stay in the cache, for `past`
 
     @property
@@ -147,7 +147,7 @@ class Target:
         nothing to run.
         """
         self.rows = tokens.shape[0]
-        self.linears = laid_out(self.model)  # weights may have changed since
+        self.linears = laid_out(self.model)
         check_placeholders(self.model, tokens, extra)
         once, extra = split_once(extra)
         self.extra = {**self.extra, **extra}
@@ -186,6 +186,7 @@ class Target:
         if self.guidance is not None:
             raise ConfigError("guidance_scale is not supported by this loop; leave it out")
         self.rows = self.streams = rows
+        self.linears = laid_out(self.model)
         self.cache = RaggedCache(rows, capacity)
 
     def forward(self, tokens: Tensor, tree: Tree | Layout | None = None, wanted: int = 0) -> Output:
