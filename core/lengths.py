@@ -146,8 +146,10 @@ ENOUGH, MEASURING = 2.5, 1.0
 NOMINAL_CALL = 0.015  # what one more token adds to a target call, in calls of one token
 NOMINAL_DRAFT = 0.1  # what a drafter's call costs
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
-FEW_TRIES = 16  # rounds, discounted, with a draft; before that drafting is not given up for a streak of bad luck
+FEW_TRIES = 16  # drafts, discounted, of all rows; before that drafting is not given up for a streak of bad luck
 TRIES = 0.02  # of the time may go into them
+CLEAR_GAIN = 1.5  # where drafting seems to gain less, a plain round now and then shows whether costs are as measured
+EARLY_CHECK, LATER_CHECK = 8, 64  # rounds between two of these, of the first three and later
 
 
 def call_costs(context: Context, most: int) -> dict[int, float]:
@@ -215,6 +217,8 @@ class Auto(Fixed):
     drafter's probability of a node's path, r how many tokens were accepted for one that such sums promised.
     While zero wins, one short draft is tried now and then, so that a workload that turns predictable is noticed: at
     intervals that double, and so seldom that it costs 2 % of the time at most.
+    What was measured before the run is put right as it goes, on a CPU: where rounds with a draft and without follow on each
+    other, their target calls tell how far the ratio of the costs was out.
 
     Where the output depends on how rounds are cut and a seed was given, so that it has to come out the same again, costs
     are the nominal ones (`NOMINAL_CALL`, and `NOMINAL_DRAFT` for each of the drafter's calls, which are counted as it runs:
@@ -232,6 +236,8 @@ class Auto(Fixed):
         self.promised = np.ones(2)  # discounted sums over trees: tokens accepted, Σ V of their nodes
         self.verified = np.zeros(2)  # discounted sums of the cost of verifying and of tokens verified
         self.wait = np.full(1, SHORTEST_WAIT)  # rounds between two tries while zero wins
+        self.rows = np.ones(1)  # that drafted last
+        self.out = np.zeros(2)  # discounted: turns from plain rounds to drafts or back, log of how far costs were out
 
     def begin(self, context: Context) -> None:
         self.context = context
@@ -240,14 +246,16 @@ class Auto(Fixed):
         if self.nominal:
             learnt = (self.kept, self.tried, self.draft, self.scored)
             self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
-            self.promised, self.verified = np.ones(2), np.zeros(2)
+            self.promised, self.verified, self.out = np.ones(2), np.zeros(2), np.zeros(2)
             self.wait = np.full(1, SHORTEST_WAIT)
-        else:  # what earlier runs taught is a start, worth ten rounds at most; in place, for a run's copy shares it
+        else:  # what earlier runs taught is a start, worth ten rounds; in place, for a run's copy shares it
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft, self.verified):
                 learnt *= trust
         # elsewhere the target's own time is spent where the host waits for it, that is while verifying
         self.host = context.target.device.type == "cpu" and not self.nominal
+        self.recent: dict[bool, float] = {}  # log seconds by cost of the latest target calls, of rounds with a draft or not
+        self.drafted, self.unchecked = False, 0
         self.before = (0.0, 0.0, 0.0, 0, 0, 0)
         self.count, self.sum = 0, 0.0  # of the round under way: the draft's length, Σ V of the nodes checked
         self.pause = int(self.wait[0]) if self.tried.any() else 0
@@ -276,6 +284,11 @@ class Auto(Fixed):
         best = int(np.argmax(tokens / cost))
         if best == 0 and self.undecided(cost[1] / cost[0]):
             best = 1
+        elif best > 0 and self.host and tokens[best] / cost[best] < CLEAR_GAIN / cost[0]:
+            self.unchecked += 1
+            if self.unchecked > (EARLY_CHECK if self.out[0] < 3 else LATER_CHECK):
+                self.unchecked = 0
+                return 0
         if best > 0:
             self.wait[0], self.pause = SHORTEST_WAIT, 0
             return best
@@ -287,9 +300,9 @@ class Auto(Fixed):
         return 1
 
     def undecided(self, cost: float) -> bool:
-        """Whether a draft of one token, `cost` with its check, may pay yet: it was tried a few times only, and would pay if
+        """Whether a draft of one token, `cost` with its check, may pay yet: few rows have tried one, and it would pay if
         acceptance were a standard deviation above what was seen."""
-        seen, tried = float(self.acceptance()[0]), float(self.tried[0])
+        seen, tried = float(self.acceptance()[0]), float(self.tried[0] * self.rows[0])
         return tried < FEW_TRIES and 1 + seen + (seen * (1 - seen) / (tried + 2)) ** 0.5 > cost
 
     def acceptance(self) -> np.ndarray:
@@ -311,12 +324,26 @@ class Auto(Fixed):
         return self.call_cost(tokens) + self.verified[0] / max(self.verified[1], 1e-9) * tokens
 
     def call_cost(self, tokens: np.ndarray) -> np.ndarray:
-        """Cost of a target call of `tokens` tokens: straight lines through what was measured, and on from there."""
+        """Cost of a target call of `tokens` tokens: straight lines through what was measured, and on from there; of more
+        than one as far out as it was found to be."""
+        found = np.exp(self.out[1] / (self.out[0] + 2))
+        return self.measured(tokens) * np.where(tokens > 1, found, 1.0)
+
+    def measured(self, tokens: np.ndarray) -> np.ndarray:
         assert self.costs is not None
         sizes = sorted(self.costs)
         seconds = [self.costs[n] for n in sizes]
         slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
         return np.interp(tokens, sizes, seconds) + slope * np.maximum(tokens - sizes[-1], 0)
+
+    def compare(self, drafted: bool, tokens: float, seconds: float) -> None:
+        """Note what a target call of so many tokens took; next to rounds of the other kind it tells how far costs are out."""
+        own = float(np.log(max(seconds, 1e-9) / self.measured(np.array([tokens]))[0]))
+        if drafted != self.drafted and (other := self.recent.get(not drafted)) is not None:
+            self.out *= 0.9
+            self.out += 1, own - other if drafted else other - own
+        self.recent[drafted] = own if drafted not in self.recent else 0.7 * self.recent[drafted] + 0.3 * own
+        self.drafted = drafted
 
     def draft_cost(self, count: np.ndarray) -> np.ndarray:
         """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
@@ -334,12 +361,14 @@ class Auto(Fixed):
         reach = min(proposed, self.length)
         if self.costs is None or not len(accepted):
             return
+        self.rows[0] = len(accepted)
         drafting, scoring, verifying, scored, rows, drafted = (
             new - old for new, old in zip(counts(stats), self.before, strict=True)
         )
         scored = scored / rows if rows else float(reach)
         second = float(self.call_cost(np.array([1.0 + scored]))[0]) / max(scoring, 1e-9)  # in target calls of one token
         if self.host:
+            self.compare(reach > 0, 1.0 + scored, scoring)
             self.verified *= self.decay
             self.verified += verifying * second, 1 + scored
         if not reach:

@@ -30,6 +30,7 @@ from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
 from polyspec.laid_out import Layers, laid_out, using
 from polyspec.prompt_inputs import PromptInputs, check_placeholders, gather_inputs, refuse_guidance, split_once
+from polyspec.taps import tapped
 from polyspec.trees import Tree
 
 
@@ -241,17 +242,17 @@ class Target:
     # -- how a model is called ---------------------------------------------------------------------------------------
 
     def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
-        """One model call on `[S, T]` tokens: (logits `[S, T, V]` or None, all hidden states or None). For overriding."""
+        """One model call on `[S, T]` tokens: (logits `[S, T, V]` or None, hidden states by number or None). For overriding."""
         kwargs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "past_key_values": self.cache}
         if self.position_key:
             kwargs[self.position_key] = positions
         if self.takes_logits_to_keep:
             kwargs["logits_to_keep"] = self.wanted if keep_logits else 1
         kwargs |= self.once
-        out = self.model(
-            **kwargs, **self.extra, use_cache=True, output_hidden_states=bool(self.hidden_layers), return_dict=True
-        )
-        return out.logits if keep_logits else None, out.hidden_states
+        with tapped(self.model, self.hidden_layers, self.config.num_hidden_layers) as hidden:
+            every = bool(self.hidden_layers) and hidden is None
+            out = self.model(**kwargs, **self.extra, use_cache=True, output_hidden_states=every, return_dict=True)
+        return out.logits if keep_logits else None, out.hidden_states if hidden is None else hidden
 
     @torch.no_grad()
     def run(self, tokens: Tensor, tree: Tree | Layout | None, keep_logits: bool) -> Output:

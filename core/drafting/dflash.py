@@ -221,13 +221,13 @@ class DFlash(HeadDrafter[DFlashModel]):
         self.lean = derived(self.model, "lean", lambda: LeanDFlash(self.model))
         lengths = self.target.cache_lengths
         self.cache = RaggedCache(len(lengths), context.sequences.limit + self.model.config.block)
-        self.remember(self.prompt_hidden(hidden))
+        self.keep_prompt(hidden)
 
-    def remember(self, hidden: tuple[Tensor, ...]) -> None:
+    def remember(self, hidden: tuple[Tensor, ...], lengths: list[int]) -> None:
         """Put hidden states `[S, T, d_t]` behind each row's tokens, and keep as many as the target kept."""
         before, context = self.cache.lengths, self.lean.context(hidden)
         self.lean.remember(context, self.cache)
-        self.cache.rollback(self.target.cache_lengths)
+        self.cache.rollback(lengths)
         kept = [new - old for new, old in zip(self.cache.lengths, before, strict=True)]
         # nothing is known before a first token
         self.last = take(functional.pad(context, (0, 0, 1, 0)), torch.tensor(kept, device=context.device))

@@ -133,18 +133,22 @@ class Eagle(HeadDrafter[EagleModel]):
         self.predicted = torch.zeros(
             len(lengths), 1, self.model.config.target_hidden_size, device=s.device, dtype=self.model.dtype
         )
+        if max(lengths) > 0:
+            self.keep_prompt(hidden)
+
+    def take_prompt(self, hidden: tuple[Tensor, ...], lengths: list[int]) -> None:
+        s = self.sequences
         prompt = s.tokens[:, : s.prompt_length]
         mask = (torch.arange(s.prompt_length, device=s.device) >= s.pad_tensor[:, None]).long()
         if self.target.guidance is not None:
             prompt, mask = self.target.with_unconditional(prompt, mask)
         tokens, _ = pack_rows(prompt, mask)
-        if max(lengths) > 0:
-            self.extend(tokens[:, 1:], self.prompt_hidden(hidden))
+        self.extend(tokens[:, 1:], hidden, lengths)
 
-    def extend(self, tokens: Tensor, hidden: tuple[Tensor, ...]) -> None:
+    def extend(self, tokens: Tensor, hidden: tuple[Tensor, ...], kept: list[int]) -> None:
         """Entries (f_i, x_{i+1}) from the target's hidden states `[S, T, d]` and the tokens that followed `[S, T]`; as
-        many as the target kept stay, and the last one's prediction is where drafting starts."""
-        kept, width = self.target.cache_lengths, tokens.shape[1]
+        many stay as bring the rows to the lengths `kept`, and the last one's prediction is where drafting starts."""
+        width = tokens.shape[1]
         last = [new - old - 1 for new, old in zip(kept, self.cache.lengths, strict=True)]
         features = self.model.features(hidden)
         if self.cache.uniform and min(last) == width - 1:
@@ -204,8 +208,8 @@ class Eagle(HeadDrafter[EagleModel]):
         self.cache.rollback(kept)
         return Draft(torch.cat(tokens, dim=1), None if probs[0] is None else torch.cat(probs, dim=1))
 
-    def remember(self, hidden: tuple[Tensor, ...]) -> None:
+    def remember(self, hidden: tuple[Tensor, ...], lengths: list[int]) -> None:
         s, width = self.sequences, hidden[0].shape[1]
         start = torch.tensor(self.cache.lengths[: s.batch], device=s.device) + s.pad_tensor + 1
         columns = start[:, None] + torch.arange(width, device=s.device)
-        self.extend(self.streams(s.tokens.gather(1, columns.clamp(max=s.limit))), hidden)
+        self.extend(self.streams(s.tokens.gather(1, columns.clamp(max=s.limit))), hidden, lengths)

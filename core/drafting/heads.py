@@ -8,6 +8,7 @@ other token has q = 0, which any exact rule corrects for.
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -236,10 +237,20 @@ class HeadDrafter(Generic[M]):
         context.stats.draft_ratio = ours / theirs
         self.layers = TokenLayers(target, self.model.vocab_map)
         self.waiting: list[tuple[Tensor, ...]] = []
+        self.prompt: tuple[tuple[Tensor, ...], list[int]] | None = None
 
-    def remember(self, hidden: tuple[Tensor, ...]) -> None:
-        """Take in hidden states `[S, T, d]` of the next T tokens of every row, as many as the target kept of them."""
+    def remember(self, hidden: tuple[Tensor, ...], lengths: list[int]) -> None:
+        """Take in hidden states `[S, T, d]` of the next T tokens of every stream, of which the target kept as many as bring
+        it to `lengths [S]`."""
         raise NotImplementedError
+
+    def take_prompt(self, hidden: tuple[Tensor, ...], lengths: list[int]) -> None:
+        """`remember` the prompt's."""
+        self.remember(hidden, lengths)
+
+    def keep_prompt(self, hidden: tuple[Tensor, ...] | None) -> None:
+        """The prompt waits for the first draft too: where drafting cannot pay, none is ever made."""
+        self.prompt = self.prompt_hidden(hidden), self.target.cache_lengths
 
     def observe(self, hidden: tuple[Tensor, ...], accepted: Tensor) -> None:
         """Rounds that gain every row one token wait for the next draft: while none pays, none is prepared for."""
@@ -249,14 +260,21 @@ class HeadDrafter(Generic[M]):
         if not one or len(self.waiting) == MOST_WAITING:
             self.catch_up()
         if not one:
-            self.remember(hidden)
+            self.remember(hidden, self.target.cache_lengths)
 
     def catch_up(self) -> None:
         """Take in what waits. To be called before anything is drafted."""
+        if self.prompt is not None:
+            prompt, self.prompt = self.prompt, None
+            start = time.perf_counter()
+            self.take_prompt(*prompt)
+            spent = time.perf_counter() - start  # once a run, so no part of what drafts cost
+            self.context.stats.prefill_seconds += spent
+            self.context.stats.draft_seconds -= spent
         if self.waiting:
             hidden = tuple(torch.cat(layer, dim=1) for layer in zip(*self.waiting, strict=True))
             self.waiting.clear()
-            self.remember(hidden)
+            self.remember(hidden, self.target.cache_lengths)
 
     def prompt_hidden(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """The prompt's hidden states `[S, P-1, d]`, zero for what a cache handed over by the caller already held."""

@@ -213,12 +213,10 @@ def test_eagle_predicts_from_true_features_after_every_round() -> None:
     predictions = []
     for cuts in ([[8, 6]], [[3, 2], [5, 4], [8, 6]]):
         drafter.cache = RaggedCache(2, 16)
-        tgt.cache = RaggedCache(2, 16)
         for kept in cuts:
             columns = (torch.tensor(drafter.cache.lengths)[:, None] + torch.arange(8)).clamp(max=7)
-            tgt.cache.rollback(kept)
             fed = (hidden[0].gather(1, columns[..., None].expand(-1, -1, 32)),)
-            drafter.extend(tokens.gather(1, columns), fed)
+            drafter.extend(tokens.gather(1, columns), fed, kept)
         predictions.append(drafter.predicted)
     torch.testing.assert_close(*predictions)
 
@@ -227,7 +225,7 @@ class NowAndThen(Fixed):
     """Drafts in some rounds only."""
 
     def begin(self, context: Any) -> None:
-        self.rounds = iter([2, 0, 0, 3, 0, 0, 0, 2, 2, 0, 1] * 10)
+        self.rounds = iter([0, 0, 2, 0, 0, 3, 0, 0, 0, 2, 2, 0, 1] * 10)
 
     def next(self) -> int:
         return next(self.rounds)
