@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from polyspec.errors import PolyspecError, unknown
 from polyspec.recipe import NEEDS, configuration_packages
@@ -41,23 +43,40 @@ def main() -> None:
         fail(str(unknown(group or "configuration", option, error.options or ())))
     except ConfigCompositionException as error:
         missing = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
-        fail(str(unknown("setting", missing[1] or missing[2], settings())) if missing else first_line(error))
+        name = missing and (missing[1] or missing[2])
+        fail(str(unknown("setting", name, settings(sys.argv[1:], name))) if name else first_line(error))
     except HydraException as error:
         fail(first_line(error))
     except KeyboardInterrupt:
         fail("interrupted")
 
 
-def settings() -> list[str]:
-    """What can be set on the command line: the root configuration's keys and the groups."""
-    from importlib.resources import files
+def settings(given: Sequence[str], wrong: str) -> list[str]:
+    """What can be set on the command line: the groups, and the keys of the configuration that the other overrides make;
+    where these are wrong too, the root's."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
 
-    from omegaconf import OmegaConf
+    others = [a for a in given if "=" in a and not re.match(rf"[+~-]*({re.escape(wrong)}=|hydra)", a)]
+    GlobalHydra.instance().clear()
+    root: Any = {}
+    for overrides in (others, []):
+        try:
+            with initialize_config_module("polyspec.conf", version_base="1.3"):
+                root = OmegaConf.to_container(compose("config", overrides), resolve=False)
+            break
+        except HydraException:
+            continue
+    return [*keys_of(root), "modality", "recipe", "task"]
 
-    root = OmegaConf.create((files("polyspec.conf") / "config.yaml").read_text(encoding="utf-8"))
-    assert isinstance(root, DictConfig)
-    nested = [f"sampling.{k}" for k in root.sampling]
-    return [*(str(k) for k in root if k not in ("defaults", "hydra")), *nested, "task", "modality", "recipe"]
+
+def keys_of(node: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Dotted names of all settings in a configuration."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from keys_of(value, f"{before}{key}.")
+        elif not str(key).startswith("_"):
+            yield f"{before}{key}"
 
 
 def first_line(error: Exception) -> str:

@@ -42,6 +42,8 @@ def test_the_table_of_recipes_needs_neither_torch_nor_transformers(tmp_path: Pat
         (("modality=imagee",), ("unknown modality 'imagee'", "'image'")),
         (("task=generat",), ("unknown task 'generat'", "'generate'")),
         (("promt=x",), ("unknown setting 'promt'", "'prompt'")),
+        (("task=bench", "modality=text", "bench.batch_size=2"), ("unknown setting 'bench.batch_size'", "'bench.batch'")),
+        (("modality=tex", "promt=x"), ("unknown modality 'tex'",)),
         (("sampling.temprature=1",), ("unknown setting 'sampling.temprature'", "'sampling.temperature'")),
         ((), ("no prompt",)),
         (("prompt=red heart", "output=nowhere/heart.png"), ("no folder nowhere",)),
