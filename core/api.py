@@ -17,9 +17,10 @@ from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Draws, Greedy, Independent, Processing, row_seeds
 from polyspec.drafting.base import Context
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+from polyspec.guidance import Guidance
 from polyspec.metrics import DecodingStats
 from polyspec.recipe import Method, build, find_recipe
-from polyspec.target import Guidance, Target, make_target, own_targets
+from polyspec.target import Target, make_target, own_targets
 
 
 def make_draws(

@@ -254,7 +254,8 @@ class Auto(Fixed):
                 learnt *= trust
         # elsewhere the target's own time is spent where the host waits for it, that is while verifying
         self.host = context.target.device.type == "cpu" and not self.nominal
-        self.recent: dict[bool, float] = {}  # log seconds by cost of the latest target calls, of rounds with a draft or not
+        # log of the seconds by cost of the latest target calls, of rounds with a draft or not
+        self.recent: dict[bool, float] = {}
         self.drafted, self.unchecked = False, 0
         self.before = (0.0, 0.0, 0.0, 0, 0, 0)
         self.count, self.sum = 0, 0.0  # of the round under way: the draft's length, Σ V of the nodes checked

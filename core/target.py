@@ -1,6 +1,6 @@
 """What a loop needs from a model: prefill, a forward pass over drafted tokens, and rollback.
 
-`Target` wraps any decoder-only transformers model, `EncoderDecoderTarget` an encoder-decoder one. A modality whose model
+`Target` wraps any decoder-only transformers model, an `EncoderDecoderTarget` an encoder-decoder one. A modality whose model
 embeds tokens or computes logits in its own way overrides `call`; no loop knows a model class.
 
 Between rounds every row has all its committed tokens but the last in the cache. The last one is fed together with the
@@ -10,7 +10,7 @@ next drafts, so a round is one forward pass whatever was accepted, and the first
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.utils import ModelOutput
+from transformers.cache_utils import Cache
 
+from polyspec.architecture import attention_windows, check_rollback
 from polyspec.attention import grouped
 from polyspec.cache import Layout, RaggedCache
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
+from polyspec.guidance import Guidance
 from polyspec.laid_out import Layers, laid_out, using
 from polyspec.prompt_inputs import PromptInputs, check_placeholders, gather_inputs, refuse_guidance, split_once
 from polyspec.taps import tapped
@@ -43,27 +44,6 @@ class Output:
 
     logits: Tensor
     hidden: tuple[Tensor, ...] = ()
-
-
-def guide_log_probs(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance as transformers' text processor computes it, on log-probabilities (2306.17806)."""
-    conditional, unconditional = conditional.float().log_softmax(-1), unconditional.float().log_softmax(-1)
-    return scale * (conditional - unconditional) + unconditional
-
-
-def guide_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance as image models compute it, on raw logits (2207.12598)."""
-    return unconditional + scale * (conditional - unconditional)
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Unconditional prompts `[B, P]` (None: each row's last prompt token) and how to combine the two streams' logits."""
-
-    scale: float
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-    combine: Callable[[Tensor, Tensor, float], Tensor] = guide_log_probs
 
 
 class Target:
@@ -367,102 +347,6 @@ class Target:
         return output
 
 
-class EncoderDecoderTarget(Target):
-    """An encoder-decoder transformers model: the encoder has run, the decoder is what is accelerated."""
-
-    def prefill(self, tokens: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Output | None:
-        if self.guidance is not None:
-            raise ConfigError("guidance_scale is not supported with an encoder-decoder model; leave it out")
-        self.cross = DynamicCache()
-        self.paired: EncoderDecoderCache | None = None
-        past = kwargs.get("past")
-        if past is not None and int(past.get_seq_length()) > 0:
-            raise InputError("past_key_values of an encoder-decoder model cannot be continued; leave them out")
-        return super().prefill(tokens, mask, **kwargs)
-
-    def drop(self, running: Sequence[bool]) -> Tensor | None:
-        stay = super().drop(running)
-        if stay is not None:
-            layers: Any = self.cross.layers
-            for layer in layers:
-                layer.keys, layer.values = layer.keys[stay], layer.values[stay]
-            self.extra.update({name: of_rows(value, stay) for name, value in self.extra.items()})
-        return stay
-
-    def past(self, pads: Sequence[int]) -> Cache:
-        return EncoderDecoderCache(super().past(pads), self.cross)
-
-    def call(self, tokens: Tensor, positions: Tensor, mask: Any, keep_logits: bool) -> tuple[Tensor | None, Any]:
-        if self.paired is None:
-            assert self.cache is not None
-            self.paired = EncoderDecoderCache(self.cache, self.cross)
-        kwargs: dict[str, Any] = {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
-        if self.position_key:
-            kwargs[self.position_key] = positions
-        out = self.model(
-            **kwargs,
-            **self.extra,
-            past_key_values=self.paired,
-            use_cache=True,
-            output_hidden_states=bool(self.hidden_layers),
-            return_dict=True,
-        )
-        return out.logits if keep_logits else None, out.decoder_hidden_states
-
-
-def of_rows(value: Any, rows: Tensor) -> Any:
-    """`rows` of a tensor `[S, …]` or of all tensors in a transformers output."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, ModelOutput):
-        return type(value)(**{k: of_rows(v, rows) for k, v in value.items()})
-    return tuple(of_rows(v, rows) for v in value) if isinstance(value, tuple) else value
-
-
-def check_rollback(model: PreTrainedModel) -> None:
-    """UnsupportedModelError if the model keeps a state that cannot forget a drafted token."""
-    name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if getattr(model, "_is_stateful", False) or recurrent:
-        raise UnsupportedModelError(
-            f"{name} keeps a recurrent state{f' ({sorted(recurrent)} layers)' if recurrent else ''} that cannot be "
-            "rolled back after a rejected draft; use recipe 'autoregressive' of transformers' own generate"
-        )
-    if getattr(config, "alibi", False) or any(hasattr(m, "build_alibi_tensor") for m in model.children()):
-        raise UnsupportedModelError(
-            f"{name} computes its position bias from a mask over whole rows and takes none over drafted tokens; choose a "
-            "model with rotary or learnt positions"
-        )
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        raise UnsupportedModelError(
-            f"{name} counts its local attention from the end of the cache, which drafted tokens move; choose another model"
-        )
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-        raise UnsupportedModelError(f"{name} does not take a transformers Cache, so drafts cannot be rolled back")
-
-
-def attention_windows(config: Any) -> dict[str, Callable[..., Tensor] | None]:
-    """What limits attention in each kind of layer, keyed as the model's forward expects its masks ("" = one mask)."""
-
-    def sliding(distance: Tensor, *_: Tensor) -> Tensor:
-        return distance < config.sliding_window
-
-    def chunked(distance: Tensor, kept: Tensor, depth: Tensor, key_depth: Tensor) -> Tensor:
-        size = config.attention_chunk_size
-        return ((kept + depth) // size)[:, :, None] == ((kept + key_depth) // size)[:, None, :]
-
-    known = {"full_attention": None, "sliding_attention": sliding, "chunked_attention": chunked}
-    if kinds := getattr(config, "layer_types", None):
-        return {kind: known[kind] for kind in dict.fromkeys(kinds)}
-    if getattr(config, "sliding_window", None) is not None:
-        return {"": sliding}
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return {"": chunked}
-    return {"": None}
-
-
 def pack_rows(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
     """Move each row's real tokens to the front: (`[B, P]` tokens, how many are real in each row).
 
@@ -495,5 +379,7 @@ def own_targets() -> dict[str, type[Target]]:
 
 def make_target(model: PreTrainedModel, guidance: Guidance | None = None, hidden_layers: Sequence[int] = ()) -> Target:
     """The Target for a transformers model."""
+    from polyspec.encoder_decoder import EncoderDecoderTarget  # which is a Target
+
     general = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
     return own_targets().get(model.config.model_type, general)(model, guidance, hidden_layers)

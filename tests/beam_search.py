@@ -10,7 +10,8 @@ import torch
 from tiny_models import VOCAB
 from transformers import PreTrainedModel
 
-from polyspec.decoding.beam import Beam, BeamContext, Ranking, Search, pack
+from polyspec.decoding.beam import Beam, BeamContext
+from polyspec.decoding.search import Ranking, Search, pack
 from polyspec.drafting.base import NoDraft
 from polyspec.metrics import DecodingStats
 from polyspec.target import make_target

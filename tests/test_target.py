@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polyspec.attention import grouped
-from polyspec.target import Guidance, Target, guide_log_probs, guide_logits, make_target, pack_rows
+from polyspec.guidance import Guidance, guide_log_probs, guide_logits
+from polyspec.target import Target, make_target, pack_rows
 from polyspec.trees import Tree
 
 DECODER_ONLY = [f for f in FAMILIES if f not in ("t5", "whisper")]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polyspec.decoding.beam import BeamCache, BeamContext, Beams, DraftLevel
+from polyspec.decoding.beam import BeamCache, BeamContext, DraftLevel
+from polyspec.decoding.search import Beams
 from polyspec.drafting.draft_model import DraftModel
 from polyspec.errors import ConfigError
 from polyspec.target import Target, make_target

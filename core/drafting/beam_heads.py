@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from polyspec.decoding.beam import BeamContext, Beams, DraftLevel, Search
+from polyspec.decoding.beam import BeamContext, DraftLevel
+from polyspec.decoding.search import Beams, Search
 from polyspec.drafting.beam import LevelBeams, ModelBeams
 from polyspec.drafting.dflash import DFlashModel
 from polyspec.drafting.heads import HeadModel, TokenLayers, kind_of, load_heads

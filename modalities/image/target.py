@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 from polyspec.distributions import Constraint
 from polyspec.drafting.lean import Frozen
 from polyspec.errors import CheckpointError, ConfigError, unknown
+from polyspec.guidance import Guidance, guide_logits
 from polyspec.laid_out import derived
 from polyspec.modalities.image.codebook import neighbour_table
 from polyspec.modalities.image.output_rows import OutputRows
-from polyspec.target import Guidance, Target, guide_logits
+from polyspec.target import Target
 
 
 class ImageTarget(Target):

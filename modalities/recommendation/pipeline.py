@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from polyspec import pipelines
 from polyspec.api import generator_of
-from polyspec.decoding.beam import Beam, BeamContext, ByGumbel, ByProbability, Search, pack
+from polyspec.decoding.beam import Beam, BeamContext
+from polyspec.decoding.search import ByGumbel, ByProbability, Search, pack
 from polyspec.distributions import row_seeds
 from polyspec.errors import CheckpointError, ConfigError, InputError
 from polyspec.metrics import DecodingStats

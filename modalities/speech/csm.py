@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from polyspec.errors import ConfigError
+from polyspec.guidance import Guidance
 from polyspec.modalities.speech.frames import FramedSpeech, FrameTarget
-from polyspec.target import Guidance, Output, Target
+from polyspec.target import Output, Target
 
 
 class DepthDecoder(Target):

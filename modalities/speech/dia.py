@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from polyspec.decoding.sequences import Sequences
 from polyspec.errors import InputError
+from polyspec.guidance import Guidance
 from polyspec.modalities.speech.frames import ColumnTarget, FramedSpeech, force, said_with
-from polyspec.target import Guidance, Output
+from polyspec.target import Output
 
 TOP_K = 50
 """What guidance leaves of the codes where nothing is said: transformers' default."""

@@ -18,8 +18,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from polyspec.decoding.sequences import Sequences
 from polyspec.errors import ConfigError
+from polyspec.guidance import Guidance
 from polyspec.modalities.speech.frames import ColumnTarget, FramedSpeech, force, said_with
-from polyspec.target import Guidance, Output
+from polyspec.target import Output
 
 
 class HiggsTarget(ColumnTarget):

@@ -22,9 +22,9 @@ from polyspec.drafting.base import Context, Draft
 from polyspec.drafting.draft_model import DraftModel
 from polyspec.drafting.eagle import Eagle, EagleModel
 from polyspec.drafting.level_tree import LevelTree, LikeliestTree, SampledTree
+from polyspec.guidance import guide_log_probs
 from polyspec.lengths import Fixed
 from polyspec.metrics import DecodingStats
-from polyspec.target import guide_log_probs
 from polyspec.trees import Tree, sequoia
 
 NEW_TOKENS = 12

@@ -10,7 +10,8 @@ from beam_search import beam_search, catalogue, exhaustive, log_probs, prompts, 
 from gtest import g_test
 from tiny_models import VOCAB, build, noisy_copy, target
 
-from polyspec.decoding.beam import Beam, ByGumbel
+from polyspec.decoding.beam import Beam
+from polyspec.decoding.search import ByGumbel
 from polyspec.drafting.base import NoDraft
 from polyspec.drafting.beam import ModelBeams
 from polyspec.drafting.beam_heads import HeadBeams, block_logits, draft_beams
@@ -283,7 +284,8 @@ def test_a_perfect_draft_model_needs_one_target_call():
 
 def test_the_block_drafter_sees_what_it_sees_in_a_chain():
     """The distributions that beams are drafted from are those of the drafter's ordinary loop, row by row."""
-    from polyspec.decoding.beam import BeamCache, Search, pack
+    from polyspec.decoding.beam import BeamCache
+    from polyspec.decoding.search import Search, pack
     from polyspec.trie import Trie
 
     heads = DFlashModel.for_target(target("llama"), block=5, bridge=True, seed=3)

@@ -32,8 +32,9 @@ from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Independent, Processing
 from polyspec.drafting import Draft
 from polyspec.drafting.eagle import EagleModel
+from polyspec.guidance import Guidance, guide_log_probs
 from polyspec.recipe import Recipe, find_recipe
-from polyspec.target import Guidance, Target, guide_log_probs
+from polyspec.target import Target
 from polyspec.trees import Tree
 from polyspec.verification import (
     Verdict,
