@@ -34,14 +34,15 @@ def generate(config: DictConfig) -> None:
     check_output(config.output)
     pipe = make_pipeline(config, config.recipe.name if config.get("recipe") else None)
     arguments = {
-        **OmegaConf.to_container(config.modality.get("arguments", {}), resolve=True),  # type: ignore[dict-item]
+        **(OmegaConf.to_container(config.modality, resolve=True).get("arguments") or {}),  # type: ignore[union-attr]
         **{k: v for k, v in config.sampling.items() if v is not None},
         "seed": config.seed,
     }
     takes = inspect.signature(pipe.__call__).parameters
-    if unused := [name for name, value in arguments.items() if name not in takes and value is not None]:
-        raise ConfigError(f"{unused[0]} does not apply to {config.modality.name}; leave it out")
-    arguments = {name: value for name, value in arguments.items() if name in takes}
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):  # else all of `generate`'s arguments are taken
+        if unused := [name for name, value in arguments.items() if name not in takes and value is not None]:
+            raise ConfigError(f"{unused[0]} does not apply to {config.modality.name}; leave it out")
+        arguments = {name: value for name, value in arguments.items() if name in takes}
     plain = None
     if config.compare:
         baseline = make_pipeline(config, "autoregressive")
@@ -128,7 +129,8 @@ def summary(result: Result, plain: Result | None = None) -> Table:
     table = Table(show_header=True)
     rows = [("plain", plain)] if plain else []
     for column in ("recipe", "guarantee", "tokens", "target calls", "tokens per call", "seconds", "speed-up"):
-        table.add_column(column, justify="left" if column in ("recipe", "guarantee") else "right")
+        name = column in ("recipe", "guarantee")
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for name, r in [*rows, (result.stats.recipe, result)]:
         s = r.stats
         gain = f"{plain.stats.wall_seconds / s.wall_seconds:.2f}×" if plain else "-"
@@ -164,14 +166,15 @@ def check_output(output: str | None) -> None:
 
 
 def write_outputs(result: Result, output: str | None, prompt: str, plain: Result | None) -> list[Path]:
-    """Write the sounds; or the pictures: each one, several also as a contact sheet, and beside plain ones if there are; or
-    lists, as JSON, if `output` is given. Returns paths."""
+    """Write the sounds; or the pictures: each one, several also as a contact sheet, and beside plain ones if there are; or,
+    if `output` is given, lists as JSON, or texts. Returns paths."""
     from PIL import Image
 
-    lists = [o for o in result.outputs if isinstance(o, list)]
-    if lists and output:
+    lists = [[asdict(r) for r in o] for o in result.outputs if isinstance(o, list)]
+    texts = [o for o in result.outputs if isinstance(o, str)]
+    if (lists or texts) and output:
         with whole_file(Path(output)) as temporary:
-            temporary.write_text(json.dumps([[asdict(r) for r in o] for o in lists], indent=1) + "\n", encoding="utf-8")
+            temporary.write_text((json.dumps(lists, indent=1) if lists else "\n".join(texts)) + "\n", encoding="utf-8")
         return [Path(output)]
 
     if sounds := [o for o in result.outputs if isinstance(o, Audio)]:
