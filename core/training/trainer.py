@@ -15,10 +15,11 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -82,6 +83,11 @@ class Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, item: int) -> dict[str, Any]:
         i = self.index[item]
         return {"tokens": self.corpus.row(i), "prompt": int(self.corpus.prompts[i]), "hidden": self.features.row(i)}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [int(self.corpus.starts[i + 1] - self.corpus.starts[i]) for i in self.index]
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,6 +160,12 @@ class ObjectiveTrainer(Trainer):
         self.clock.note({k: v.detach() for k, v in found.items()}, self.state.global_step)
         return found["loss"]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)  # rows of a batch need little padding
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate assumes one main input of token ids
 
@@ -201,8 +213,9 @@ def fit(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Train `model` on `data`, or continue from the last checkpoint in `output`/checkpoints; save it to `output` in
-    `dtype`. begin: asked once the weights are as training starts with them, for `losses(model, batch)`. Returns the
-    running averages of losses and accuracies at the end, steps and seconds."""
+    `dtype`. data with `lengths`, one a row, is drawn in batches of rows about as long. begin: asked once the weights are as
+    training starts with them, for `losses(model, batch)`. Returns the running averages of losses and accuracies at the end,
+    steps and seconds."""
     output = Path(output)
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None

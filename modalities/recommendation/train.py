@@ -29,6 +29,7 @@ from polyspec.modalities.recommendation.data import Example, Interactions, movie
 from polyspec.modalities.recommendation.items import FILE, Items
 from polyspec.modalities.recommendation.pipeline import DRAFT, PLAIN, Pipeline
 from polyspec.modalities.recommendation.semantic_ids import ResidualQuantiser, as_tokens, with_digit
+from polyspec.pipelines import as_dtype
 from polyspec.training import make_folder
 from polyspec.training.trainer import fit
 
@@ -93,14 +94,15 @@ class ModelConfig:
 def train(config: Mapping[str, Any]) -> Path:
     """Train what `config`, a composed `train` group, describes; returns the folder of the result.
 
-    Keys: data (a Interactions to instantiate), output, device, items, model, schedule, draft (model, schedule, objective,
-    or None: no draft model), measure (how to measure, or None). Raises ConfigError, InputError or CheckpointError before
-    anything long starts.
+    Keys: data (a Interactions to instantiate), output, device, dtype (of arithmetic, and of what is stored), items, model,
+    schedule, draft (model, schedule, objective, or None: no draft model), measure (how to measure, or None). Raises
+    ConfigError, InputError or CheckpointError before anything long starts.
     """
     from hydra.utils import instantiate
 
     settings: dict[str, Any] = dict(instantiate(config, _convert_="object"))
     output, device = Path(settings.get("output") or f"outputs/{settings['name']}"), settings.get("device") or "cpu"
+    dtype = as_dtype(settings.get("dtype"), device)
     make_folder(output)
     found: Interactions = settings["data"]()
     shape, model_shape, schedule = settings["items"], settings["model"], settings["schedule"]
@@ -117,6 +119,7 @@ def train(config: Mapping[str, Any]) -> Path:
         schedule,
         output,
         device=device,
+        dtype=dtype,
     )
     model.to(device).requires_grad_(False)
     if settings.get("draft"):
@@ -130,6 +133,7 @@ def train(config: Mapping[str, Any]) -> Path:
             draft["schedule"],
             output / DRAFT,
             device=device,
+            dtype=dtype,
         )
     if settings.get("measure"):
         figures = settings["measure"](model.eval(), items, found)
@@ -185,6 +189,7 @@ class Windows(Dataset[dict[str, Any]]):
         self.histories = [np.array([items.index[i] for i in h if i in items.index]) for h in histories]
         self.histories = [h for h in self.histories if len(h) > 1]
         self.rows = [n for n, h in enumerate(self.histories) for _ in range(-(-len(h) // self.longest))]
+        self.lengths = [min(len(self.histories[n]), self.longest) for n in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -56,6 +56,11 @@ class Pipeline:
         self.model = self.speech.model
 
     @property
+    def sample_rate(self) -> int:
+        """Of the sound, in Hz, unless a call asks for another."""
+        return self.speech.sample_rate
+
+    @property
     def loaded(self) -> tuple[Any, ...]:
         """What another pipeline takes as `target`, to share it."""
         return self.speech.parts
