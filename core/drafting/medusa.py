@@ -22,6 +22,7 @@ from transformers import initialization
 from polyspec.drafting.base import Context, Draft
 from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
 from polyspec.errors import ConfigError
+from polyspec.laid_out import laid_out, using
 from polyspec.target import Target
 
 
@@ -68,6 +69,7 @@ class Medusa(HeadDrafter[MedusaModel]):
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.bind(context)
+        self.linears = laid_out(self.model)
         (last,) = self.prompt_hidden(hidden)
         self.lengths = self.target.cache_lengths
         self.hidden = last.new_zeros(last.shape[0], last.shape[2])
@@ -77,7 +79,9 @@ class Medusa(HeadDrafter[MedusaModel]):
     def block(self, count: int) -> Tensor:
         """Logits `[B, count, V]` of the next positions, fewer if there are fewer heads."""
         self.context.stats.draft_calls += 1
-        return self.logits(self.model(self.hidden)[:, :count])
+        with using(self.linears):
+            ahead = self.model(self.hidden)
+        return self.logits(ahead[:, :count])
 
     def propose(self, count: int) -> Draft:
         return self.draw(self.block(count))

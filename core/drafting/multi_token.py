@@ -24,6 +24,7 @@ from polyspec.drafting.heads import HeadConfig, HeadDrafter, HeadModel
 from polyspec.drafting.medusa import take
 from polyspec.drafting.viterbi import best_path, transitions
 from polyspec.errors import ConfigError, unknown
+from polyspec.laid_out import laid_out, using
 from polyspec.lengths import positive
 from polyspec.target import Target, make_target
 
@@ -110,6 +111,7 @@ class MultiToken(HeadDrafter[MultiTokenModel]):
 
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.bind(context)
+        self.linears = laid_out(self.model)
         (last,) = self.prompt_hidden(hidden)
         self.hidden = last.new_zeros(last.shape[0], last.shape[2])
         if last.shape[1]:
@@ -118,7 +120,8 @@ class MultiToken(HeadDrafter[MultiTokenModel]):
     def block(self, count: int) -> Tensor:
         """Logits `[B, n, V]` of the next n ≤ `count` positions."""
         self.context.stats.draft_calls += 1
-        out = self.model(self.hidden)[:, :count]
+        with using(self.linears):
+            out = self.model(self.hidden)[:, :count]
         return self.logits(out) if self.model.config.form == "latent" else self.guided(out)
 
     def propose(self, count: int) -> Draft:
