@@ -211,11 +211,13 @@ def fit(
     output: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Train `model` on `data`, or continue from the last checkpoint in `output`/checkpoints; save it to `output` in
-    `dtype`. data with `lengths`, one a row, is drawn in batches of rows about as long. begin: asked once the weights are as
-    training starts with them, for `losses(model, batch)`. Returns the running averages of losses and accuracies at the end,
-    steps and seconds."""
+    """Train `model` on `data`, or continue from the last checkpoint in `output`/checkpoints; save it to `output`.
+
+    data with `lengths`, one a row, is drawn in batches of rows about as long. dtype: of the arithmetic, and, unless `stored`
+    says another, of what is saved. begin: asked once the weights are as training starts with them, for `losses(model, batch)`.
+    Returns the running averages of losses and accuracies at the end, steps and seconds."""
     output = Path(output)
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
@@ -252,7 +254,7 @@ def fit(
     if last is None or schedule.spent(done, clock.before) < 1:
         trainer.train(resume_from_checkpoint=last)
         done = trainer.state.global_step
-    model.to(dtype).eval().save_pretrained(output)  # type: ignore[call-overload]
+    model.to(stored or dtype).eval().save_pretrained(output)  # type: ignore[call-overload]
     summary = {**clock.averages, "steps": float(done), "seconds": clock.seconds}
     (output / "training.json").write_text(json.dumps(summary, indent=1))
     return summary

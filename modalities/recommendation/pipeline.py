@@ -36,7 +36,8 @@ class Pipeline:
     target: a folder with a model, its `items.safetensors` and perhaps a draft model in `draft/`, or (model, Items), or
     (model, Items, draft model or its folder); None: the sample.
     recipe: by default `atspeed_s` where the folder has a draft model or overrides name a drafter, else `autoregressive`,
-    plain constrained beam search. `items` may be replaced at any time; a call works with those it began with.
+    plain constrained beam search. dtype: by default float32, for in bfloat16 the order of items is decided by rounding where
+    their scores are near. `items` may be replaced at any time; a call works with those it began with.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class Pipeline:
             items = with_titles(Items.load(folder)) if is_sample else Items.load(folder)
             device = device or pipelines.default_device()
             loader = AutoModelForCausalLM.from_pretrained
-            self.model = pipelines.load(loader, folder, dtype=pipelines.as_dtype(dtype, device)).to(device).eval()
+            kind = pipelines.as_dtype(dtype or torch.float32, device)
+            self.model = pipelines.load(loader, folder, dtype=kind).to(device).eval()
         self.items = items
         # the plain recipe names the loop of chains; lists are searched plainly by the beam loop
         self.loop = self.method.loop if isinstance(self.method.loop, Beam) else Beam(strict_topk, levels=0)

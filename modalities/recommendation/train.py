@@ -94,9 +94,9 @@ class ModelConfig:
 def train(config: Mapping[str, Any]) -> Path:
     """Train what `config`, a composed `train` group, describes; returns the folder of the result.
 
-    Keys: data (a Interactions to instantiate), output, device, dtype (of arithmetic, and of what is stored), items, model,
-    schedule, draft (model, schedule, objective, or None: no draft model), measure (how to measure, or None). Raises
-    ConfigError, InputError or CheckpointError before anything long starts.
+    Keys: data (a Interactions to instantiate), output, device, dtype (of the arithmetic), items, model, schedule, draft
+    (model, schedule, objective, or None: no draft model), measure (how to measure, or None). Raises ConfigError, InputError
+    or CheckpointError before anything long starts.
     """
     from hydra.utils import instantiate
 
@@ -120,6 +120,7 @@ def train(config: Mapping[str, Any]) -> Path:
         output,
         device=device,
         dtype=dtype,
+        stored=torch.float32,
     )
     model.to(device).requires_grad_(False)
     if settings.get("draft"):
@@ -134,6 +135,7 @@ def train(config: Mapping[str, Any]) -> Path:
             output / DRAFT,
             device=device,
             dtype=dtype,
+            stored=torch.float32,
         )
     if settings.get("measure"):
         figures = settings["measure"](model.eval(), items, found)
