@@ -14,7 +14,7 @@ LEAVES = {
     "speak.py": ["hello.wav"],
     "recommend.py": [],
 }
-FETCHED = {"transformers_user.py": []}  # the language model has to be fetched
+FETCHED = {"transformers_user.py": [], "ask.py": []}  # the language model has to be fetched
 
 
 def run(script: str, folder: Path) -> str:

@@ -59,7 +59,7 @@ class EyesSize:
         }
         return EyesConfig(
             vision_config=vision,
-            text_config=text.to_dict(),
+            text_config={k: v for k, v in text.to_dict().items() if k != "_name_or_path"},  # a path of this machine
             image_token_index=placeholder,
             image_seq_length=(self.image_size // 16) ** 2,
             vision_feature_select_strategy="full",
