@@ -12,9 +12,10 @@ numbers of slots, so rows with shorter prompts, fewer beams or fewer levels left
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from polyspec.cache import Layout
 from polyspec.decoding.search import Beams, Search
+from polyspec.decoding.worth import Worth
 from polyspec.drafting.base import NoDraft
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
 from polyspec.lengths import positive
@@ -30,6 +32,7 @@ from polyspec.target import Target
 from polyspec.trie import Trie
 from polyspec.verification import TopK
 
+MOST_LEVELS = 8  # where searches decide themselves
 MOST_LEFT = 0.75  # with no more of the rows left than that, copying their cache pays
 
 
@@ -154,12 +157,15 @@ class BeamDrafter(Protocol):
 class Beam:
     """Beam search for K sequences of a trie, with drafts checked by `rule` (`strict_topk`, `relaxed_topk`).
 
-    levels: γ, the most levels drafted in a round, 0 for none; never more than would help.
+    levels: γ, the most levels drafted in a round, 0 for none, "auto" for all or none, as searches before show to be the
+    faster (beside a small target a drafter may cost more than it saves); never more than would help.
     """
 
-    def __init__(self, rule: Callable[..., TopK], levels: int = 8):
+    def __init__(self, rule: Callable[..., TopK], levels: int | str = 8):
         self.rule = rule
-        self.levels = levels if levels == 0 else positive("levels", levels)
+        self.worth = Worth() if levels == "auto" else None
+        most: Any = MOST_LEVELS if levels == "auto" else levels
+        self.levels = 0 if most == 0 else positive("levels", most)
 
     def check(self, target: Target, drafter: BeamDrafter | NoDraft) -> None:
         """Raise a PolyspecError if `target` cannot hold beams or there is no drafter to draft with."""
@@ -174,8 +180,16 @@ class Beam:
 
     def run(self, context: BeamContext, drafter: BeamDrafter | NoDraft) -> None:
         """Search until every row's beams are whole sequences."""
+        if self.worth is None or isinstance(drafter, NoDraft):
+            self.find(context, None if isinstance(drafter, NoDraft) or self.levels == 0 else drafter)
+            return
+        size = len(context.search.lengths), context.search.most
+        drafts, start = self.worth.drafts(*size), time.perf_counter()
+        self.find(context, drafter if drafts else None)
+        self.worth.note(*size, drafts, time.perf_counter() - start)
+
+    def find(self, context: BeamContext, drafting: BeamDrafter | None) -> None:
         search, stats = context.search, context.stats
-        drafting = None if isinstance(drafter, NoDraft) or self.levels == 0 else drafter
         if drafting is not None:
             context.target.hidden_layers = tuple(drafting.hidden_layers)
             with stats.timed("draft"):
