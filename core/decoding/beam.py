@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyspec.cache import Layout
-from polyspec.decoding.search import Beams, Search
+from polyspec.decoding.search import Beams, ByGumbel, Search
 from polyspec.decoding.worth import Worth
 from polyspec.drafting.base import NoDraft
 from polyspec.errors import ConfigError, InputError, UnsupportedModelError
@@ -158,7 +158,8 @@ class Beam:
     """Beam search for K sequences of a trie, with drafts checked by `rule` (`strict_topk`, `relaxed_topk`).
 
     levels: γ, the most levels drafted in a round, 0 for none, "auto" for all or none, as searches before show to be the
-    faster (beside a small target a drafter may cost more than it saves); never more than would help.
+    faster (beside a small target a drafter may cost more than it saves); lists drawn with a seed are always drafted. Never
+    more than would help.
     """
 
     def __init__(self, rule: Callable[..., TopK], levels: int | str = 8):
@@ -180,7 +181,8 @@ class Beam:
 
     def run(self, context: BeamContext, drafter: BeamDrafter | NoDraft) -> None:
         """Search until every row's beams are whole sequences."""
-        if self.worth is None or isinstance(drafter, NoDraft):
+        seeded = isinstance(context.search.ranking, ByGumbel)  # has to come out the same again to the last digit
+        if self.worth is None or seeded or isinstance(drafter, NoDraft):
             self.find(context, None if isinstance(drafter, NoDraft) or self.levels == 0 else drafter)
             return
         size = len(context.search.lengths), context.search.most

@@ -69,7 +69,7 @@ def test_lists_are_those_of_the_pipeline_whatever_they_are_batched_with(client: 
 
 def test_known_users_and_filters_that_leave_few(client: TestClient) -> None:
     named, given = ask(client, user=7, k=4), ask(client, history=[1, 4, 10], k=4)
-    assert named.json() == given.json()
+    assert [i["item_id"] for i in named.json()["items"]] == [i["item_id"] for i in given.json()["items"]]
     assert ask(client, user="ann", k=2).status_code == 200  # an item that is gone is passed over
     short = ask(client, history=[1], k=5, allow=[4, 7]).json()
     assert short["short"] and {i["item_id"] for i in short["items"]} == {4, 7}
