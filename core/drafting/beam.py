@@ -26,16 +26,18 @@ class LevelBeams:
 
     spread: N = spread · K beams a level, rounded up. Of these K are what the drafter takes for the target's next beams,
     its own best under the K it took for that a level above; the others are the best of what is left. (The best N of all
-    would let children of wrong guesses crowd out those of right ones.) sampled: N draws without replacement from the
-    softmax of all candidates' scores instead, for rules that need to know what was drawn from.
+    would let children of wrong guesses crowd out those of right ones.) temperature: N draws without replacement from
+    the softmax of all candidates' scores by it instead, for rules that need to know what was drawn from; None: the best.
     """
 
     hidden_layers: tuple[int, ...] = ()
 
-    def __init__(self, spread: float = 2.0, sampled: bool = False):
+    def __init__(self, spread: float = 2.0, temperature: float | None = None):
         if isinstance(spread, bool) or not isinstance(spread, int | float) or not 1 <= spread <= 100:
             raise ConfigError(f"spread must lie in [1, 100], the drafted beams for each of the K; got {spread!r}")
-        self.spread, self.sampled = spread, sampled
+        if temperature is not None and not temperature > 0:
+            raise ConfigError(f"temperature must be > 0, got {temperature!r}")
+        self.spread, self.temperature = spread, temperature
 
     def check(self, target: Target) -> None: ...
 
@@ -70,8 +72,8 @@ class LevelBeams:
             branching = search.branching(ahead)
             candidates = search.expand(beams, logits, branching)
             q = None
-            if self.sampled:
-                q, index = self.sample(candidates.key)
+            if self.temperature is not None:
+                q, index = self.sample(candidates.key / self.temperature)
             else:
                 index = self.likeliest(candidates.key, guessed * branching)
                 guessed = min(search.most, guessed * branching)
@@ -108,8 +110,10 @@ class ModelBeams(LevelBeams):
     Its cache keeps the prompts only: a round begins by feeding the prefixes of the search's beams, at most K · D tokens.
     """
 
-    def __init__(self, draft_model: PreTrainedModel | str | PathLike[str], spread: float = 2.0, sampled: bool = False):
-        super().__init__(spread, sampled)
+    def __init__(
+        self, draft_model: PreTrainedModel | str | PathLike[str], spread: float = 2.0, temperature: float | None = None
+    ):
+        super().__init__(spread, temperature)
         self.inner = DraftModel(draft_model)
 
     def check(self, target: Target) -> None:

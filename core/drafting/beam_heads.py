@@ -59,8 +59,8 @@ KINDS: dict[str, tuple[type[HeadModel], Callable[..., Tensor]]] = {
 class HeadBeams(LevelBeams):
     """Drafts with `heads`, a MedusaModel or DFlashModel or its folder; they must reach an item's last token."""
 
-    def __init__(self, heads: HeadModel | str | PathLike[str], spread: float = 2.0, sampled: bool = False):
-        super().__init__(spread, sampled)
+    def __init__(self, heads: HeadModel | str | PathLike[str], spread: float = 2.0, temperature: float | None = None):
+        super().__init__(spread, temperature)
         kind = kind_of(heads)
         if kind not in KINDS:
             raise unknown("kind of heads", kind, KINDS)
@@ -108,11 +108,11 @@ class HeadBeams(LevelBeams):
 
 
 def draft_beams(
-    *, draft_model: Any = None, heads: Any = None, spread: float = 2.0, sampled: bool = False
+    *, draft_model: Any = None, heads: Any = None, spread: float = 2.0, temperature: float | None = None
 ) -> LevelBeams:
     """The drafter for what the user handed over, one of both. ConfigError for both or none."""
     if draft_model is not None and heads is None:
-        return ModelBeams(draft_model, spread, sampled)
+        return ModelBeams(draft_model, spread, temperature)
     if heads is not None and draft_model is None:
-        return HeadBeams(heads, spread, sampled)
+        return HeadBeams(heads, spread, temperature)
     raise ConfigError("give draft_model=… or heads=…, one of them, to draft with")

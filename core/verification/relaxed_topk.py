@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from polyspec.errors import InputError
+from polyspec.errors import ConfigError, InputError
 from polyspec.verification.checks import check_generator, check_scores
 from polyspec.verification.rule import rule
 from polyspec.verification.strict_topk import TopK, among, check_topk
@@ -36,17 +36,24 @@ def relaxed_topk(
     k: int | Tensor,
     most: int | None = None,
     generator: torch.Generator | None = None,
+    temperature: float = 1.0,
 ) -> TopK:
     """Keep drafted candidates with probability p/q, and fill up to k.
 
     draft_tokens `[B, N]` long: distinct candidates drawn from q (-1: none); draft_probs `[B, C]`: q, may sum to less than
     one where some of what it was drawn over has been dropped since, None if N = 0; target_scores `[B, C]`: cumulative
     log-probabilities, -inf where there is no candidate; k: an int or `[B]` long; most: its maximum, to save a
-    synchronisation. Raises InputError for shapes, dtypes or devices that do not fit, ConfigError for k < 1.
+    synchronisation; temperature: of p, the drafter's own, 1 as published. Towards 0 the list becomes the likeliest, which
+    matters where no item is likely: there K draws are K items at random. Raises InputError for shapes, dtypes or devices that
+    do not fit, ConfigError for k < 1 or a temperature ≤ 0.
     """
     counts, most = check_topk(draft_tokens, target_scores, k, most)
     check_generator(generator, target_scores.device)
-    p = target_scores.float().softmax(1).nan_to_num(nan=0.0)  # a row without candidates
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be > 0, got {temperature!r}")
+    # a row without candidates has no softmax; candidates too unlikely for float32 are candidates nevertheless
+    log_p = (target_scores.float() / temperature).log_softmax(1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    p, there = log_p.exp(), target_scores > -torch.inf
     if draft_probs is None:
         if draft_tokens.shape[1]:
             raise InputError("relaxed_topk needs draft_probs, the distribution that the drafts were drawn from")
@@ -61,11 +68,11 @@ def relaxed_topk(
     noise = -(-noise.clamp(1e-20, 1 - 6e-8).log()).log()  # Gumbel: the best of log w + noise are draws from w
     kept = drafted & (u * q < p)
     residual = (p - q).clamp(min=0).log() + noise
-    value = torch.where(residual > -torch.inf, residual, p.log() + noise - TIER)
+    value = torch.where(residual > -torch.inf, residual, log_p + noise - TIER)
     value = torch.where(kept, noise + TIER, value)
     best = value.topk(min(most, value.shape[1]), dim=1)
     ranks = torch.arange(best.indices.shape[1], device=counts.device)
     chosen = torch.where((ranks < counts[:, None]) & (best.values > -torch.inf), best.indices, -1)
     found = among(functional.pad(chosen, (0, most - chosen.shape[1]), value=-1), draft_tokens, p.shape[1])
-    wanted = torch.minimum(counts, (p > 0).sum(1))
+    wanted = torch.minimum(counts, there.sum(1))
     return TopK(found.chosen, found.source, (kept.sum(1) >= wanted) & (wanted > 0))

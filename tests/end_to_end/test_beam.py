@@ -159,10 +159,10 @@ def test_nothing_forbidden_or_unknown_is_ever_found(name, rule):
 
 
 def draft_for(name, rule):
-    sampled = rule is relaxed_topk
+    temperature = 1.0 if rule is relaxed_topk else None
     if name == "model":
-        return ModelBeams(drafter_model(), 2, sampled)
-    return HeadBeams(MedusaModel.for_target(target("llama"), heads=3), 4, sampled)
+        return ModelBeams(drafter_model(), 2, temperature)
+    return HeadBeams(MedusaModel.for_target(target("llama"), heads=3), 4, temperature)
 
 
 def test_a_filtered_list_is_that_of_a_catalogue_with_only_those_items():
@@ -238,7 +238,7 @@ def test_sampled_lists_have_the_distribution_of_draws_without_replacement(rankin
 
 
 def test_where_drafter_and_target_are_one_the_relaxed_rule_keeps_every_draft_under_settled_beams():
-    one = ModelBeams(target("llama"), 2, True)
+    one = ModelBeams(target("llama"), 2, 1.0)
     _, stats = run(target("llama"), RAGGED, ITEMS, WIDTHS, one, rule=relaxed_topk, levels=1)
     assert stats.target_calls == 2 and stats.acceptance_rate == 1
 
@@ -256,6 +256,14 @@ def test_a_relaxed_list_is_ranked_by_the_target_s_scores():
         scores = [s for _, s in items]
         assert scores == sorted(scores, reverse=True)
         assert all(abs(exact[item] - s) < 1e-3 for item, s in items)
+
+
+def test_a_relaxed_list_of_a_low_temperature_is_the_likeliest():
+    cold = partial(relaxed_topk, temperature=1e-3)
+    found, _ = run(target("llama"), RAGGED, ITEMS, WIDTHS, ModelBeams(drafter_model(), 2, 1e-3), rule=cold)
+    assert [{item for item, _ in row} for row in found] == [{item for item, _ in row} for row in plain()[0]]
+    with pytest.raises(ConfigError, match="temperature must be > 0"):
+        ModelBeams(drafter_model(), 2, 0.0)
 
 
 # -- drafters ------------------------------------------------------------------------------------------------------------
