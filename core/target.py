@@ -381,5 +381,5 @@ def make_target(model: PreTrainedModel, guidance: Guidance | None = None, hidden
     """The Target for a transformers model."""
     from polyspec.encoder_decoder import EncoderDecoderTarget  # which is a Target
 
-    general = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
+    general: Any = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
     return own_targets().get(model.config.model_type, general)(model, guidance, hidden_layers)
