@@ -379,7 +379,7 @@ def own_targets() -> dict[str, type[Target]]:
 
 def make_target(model: PreTrainedModel, guidance: Guidance | None = None, hidden_layers: Sequence[int] = ()) -> Target:
     """The Target for a transformers model."""
-    from polyspec.encoder_decoder import EncoderDecoderTarget  # which is a Target
-
-    general: Any = EncoderDecoderTarget if model.config.is_encoder_decoder else Target
-    return own_targets().get(model.config.model_type, general)(model, guidance, hidden_layers)
+    # it is a Target and so imports this module
+    paired = import_module("polyspec.encoder_decoder").EncoderDecoderTarget
+    general = paired if model.config.is_encoder_decoder else Target
+    return (own_targets().get(model.config.model_type) or general)(model, guidance, hidden_layers)
