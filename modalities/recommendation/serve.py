@@ -17,10 +17,11 @@ from fastapi import Body, FastAPI, HTTPException
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError, unknown
+from polyspec.errors import CheckpointError, InputError, PolyspecError, unknown
 from polyspec.modalities.recommendation.evaluate import bench_prompts
 from polyspec.modalities.recommendation.items import FILE, Items
 from polyspec.modalities.recommendation.pipeline import PLAIN, Pipeline
+from polyspec.modalities.recommendation.sample import existing_sample
 from polyspec.serving.app import Metrics, base_app
 from polyspec.serving.batching import Batcher
 
@@ -289,9 +290,7 @@ def application(
 
 def example_requests(config: Any, settings: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """Where the load generator asks, and what: the bench's histories, or random ones of the target's own items."""
-    if config.target is None:
-        raise ConfigError("give target=, the recommender to serve")
-    items, k = Items.load(config.target), settings["arguments"].get("k", 10)
+    items, k = Items.load(config.target or existing_sample()), settings["arguments"].get("k", 10)
     if settings["prompts"] is None:
         draw = np.random.default_rng(config.seed)
         histories = [draw.choice(items.ids, size=draw.integers(1, 30)).tolist() for _ in range(256)]

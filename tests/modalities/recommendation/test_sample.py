@@ -42,3 +42,13 @@ def test_lists_with_drafts_are_the_plain_lists(k: int) -> None:
 def test_it_was_measured_and_is_better_than_popularity() -> None:
     figures = json.loads((sample.sample_path() / "quality.json").read_text())
     assert figures["recall@10"] > 1.5 * figures["recall@10, popularity"]
+
+
+def test_the_load_generator_asks_for_the_sample_s_items_where_no_target_is_named() -> None:
+    from omegaconf import OmegaConf
+
+    from polyspec.modalities.recommendation.serve import example_requests
+
+    config, settings = OmegaConf.create({"target": None, "seed": 0}), {"arguments": {}, "prompts": None, "count": 2}
+    path, bodies = example_requests(config, settings)
+    assert path == "/v1/recommendations" and all(1 <= i <= 1682 for body in bodies for i in body["history"])
