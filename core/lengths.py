@@ -247,7 +247,7 @@ class Auto(Fixed):
             learnt = (self.kept, self.tried, self.draft, self.scored)
             self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
             self.promised, self.verified, self.out = np.ones(2), np.zeros(2), np.zeros(2)
-            self.wait = np.full(1, SHORTEST_WAIT)
+            self.wait, self.rows = np.full(1, SHORTEST_WAIT), np.ones(1)
         else:  # what earlier runs taught is a start, worth ten rounds; in place, for a run's copy shares it
             trust = min(1.0, 10 / max(self.draft[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft, self.verified):

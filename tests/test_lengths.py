@@ -131,7 +131,11 @@ def test_auto_carries_nothing_over_where_a_seed_has_to_give_the_same_again(monke
     policy = Auto(16)
     first = rounds(policy, nothing, 40, fixed_rounds=True, monkeypatch=monkeypatch)
     rounds(policy, everything, 40, monkeypatch=monkeypatch)
+    policy.rows[0] = 64  # of an earlier run
     assert rounds(policy, nothing, 40, fixed_rounds=True, draft=5.0, monkeypatch=monkeypatch) == first
+    policy.rows[0] = 64
+    rounds(policy, nothing, 0, fixed_rounds=True, monkeypatch=monkeypatch)
+    assert policy.rows[0] == 1
 
 
 def checked_nodes(
