@@ -94,13 +94,7 @@ class CustomGenerate:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        if generation_config.num_beams > 1:
-            raise ConfigError("num_beams > 1 cannot be combined with this recipe; use num_beams=1")
-        if not model_kwargs.get("use_cache", True):
-            raise ConfigError("use_cache=False: drafts are checked against a key-value cache; leave use_cache on")
-        for wish in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-            if generation_config.return_dict_in_generate and getattr(generation_config, wish, None):
-                raise ConfigError(f"{wish}=True: a run keeps nothing of that size; leave {wish} out")
+        check_wishes(model, generation_config, model_kwargs)
         is_encoder_decoder = model.config.is_encoder_decoder
         mask = model_kwargs.pop("decoder_attention_mask" if is_encoder_decoder else "attention_mask", None)
         past = model_kwargs.pop("past_key_values", None)
@@ -109,11 +103,6 @@ class CustomGenerate:
             positions = None
         for key in ("decoder_position_ids", "use_cache", "logits_to_keep", "output_hidden_states"):
             model_kwargs.pop(key, None)
-        own = own_targets().get(model.config.model_type)
-        if own is not None and own.elsewhere:
-            raise UnsupportedModelError(f"{type(model).__name__}.generate cannot hand over to a recipe; use {own.elsewhere}")
-        if model_kwargs.get("inputs_embeds") is not None and not getattr(own, "takes_embeds", False):
-            raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
         input_ids = input_ids.long()  # some models' own generate make int32 ones
         check_prompt(input_ids, model, mask, getattr(generation_config, "_mask_length", None))
         guidance, processors = split_guidance(logits_processor)
@@ -147,6 +136,22 @@ class CustomGenerate:
             kind = GenerateEncoderDecoderOutput if is_encoder_decoder else GenerateDecoderOnlyOutput
             return kind(sequences=sequences.result(), past_key_values=target.past(sequences.pads))  # type: ignore[arg-type]
         return sequences.result()
+
+
+def check_wishes(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """Refuse what `generate` was asked for and no recipe can do: ConfigError, UnsupportedModelError or InputError."""
+    if generation_config.num_beams > 1:
+        raise ConfigError("num_beams > 1 cannot be combined with this recipe; use num_beams=1")
+    if not model_kwargs.get("use_cache", True):
+        raise ConfigError("use_cache=False: drafts are checked against a key-value cache; leave use_cache on")
+    for wish in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if generation_config.return_dict_in_generate and getattr(generation_config, wish, None):
+            raise ConfigError(f"{wish}=True: a run keeps nothing of that size; leave {wish} out")
+    own = own_targets().get(model.config.model_type)
+    if own is not None and own.elsewhere:
+        raise UnsupportedModelError(f"{type(model).__name__}.generate cannot hand over to a recipe; use {own.elsewhere}")
+    if model_kwargs.get("inputs_embeds") is not None and not getattr(own, "takes_embeds", False):
+        raise InputError("prompts as inputs_embeds are not supported; pass input_ids")
 
 
 def custom_generate(

@@ -129,22 +129,28 @@ def run(config: DictConfig) -> None:
     }
     if (settings.get("quality") or {}).get("path"):
         report["quality"] = quality(config, contestants, settings["quality"], arguments, console)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "results.json") as path:
-        path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    with whole_file(folder / "results.png") as path:
-        plot(report, path)
-    if any(r["accepted_by_position"] for part in parts for r in part["results"]):
-        with whole_file(folder / "positions.png") as path:
-            plot_positions(report, path)
-    if "quality" in report:
-        with whole_file(folder / "quality.png") as path:
-            plot_quality(report, path)
+    write_report(folder, report)
     for part in parts:
         console.print(table(report, part["name"], part["results"]))
         for line in notes(report, part["results"]):
             console.print(line, markup=False, highlight=False)
     console.print(f"wrote {folder / 'results.json'} and {folder / 'results.png'}", markup=False, highlight=False)
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """The figures as JSON, and the plots."""
+    sections = report.get("sections") or [report]
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "results.json") as path:
+        path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    with whole_file(folder / "results.png") as path:
+        plot(report, path)
+    if any(r["accepted_by_position"] for part in sections for r in part["results"]):
+        with whole_file(folder / "positions.png") as path:
+            plot_positions(report, path)
+    if "quality" in report:
+        with whole_file(folder / "quality.png") as path:
+            plot_quality(report, path)
 
 
 def kind_of(prompt: Any) -> str:

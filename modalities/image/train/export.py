@@ -1,13 +1,14 @@
 """The finished sample: the newest checkpoints in Hugging Face format, measured as they load, with a card."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
 from polyspec.modalities.image.evaluate import psnr
-from polyspec.modalities.image.train.data import DataConfig, read_pictures, to_model_range
+from polyspec.modalities.image.train.data import DataConfig, Pictures, read_pictures, to_model_range
 from polyspec.modalities.image.train.language_model import (
     Captions,
     ImageObjective,
@@ -114,6 +115,43 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
     processor.save_pretrained(folder)
 
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)  # measured as it will be loaded
+    figures = measured(model, processor, pictures, tokens, data, lm)
+    rows = len(lm_rows(pictures, lm.styles, lm.names)[0])
+    seen = int((~pictures.test).sum())
+    card = CARD.format(
+        **figures,
+        remarks=remarks,
+        pictures=len(pictures.captions),
+        names=len(set(pictures.captions)),
+        test=int(pictures.test.sum()),
+        drawn=" and ".join(lm.styles),
+        drawn_names=rows,
+        lm_params=sum(p.numel() for p in model.model.language_model.parameters()) / 1e6,
+        vq_params=sum(p.numel() for p in model.model.vqmodel.parameters()) / 1e6,
+        vq_steps=vq_state["step"],
+        vq_minutes=vq_state["seconds"] / 60,
+        vq_epochs=vq_state["step"] * vq_state["batch"] / seen,
+        decoder_steps=decoder_state["step"],
+        decoder_minutes=decoder_state["seconds"] / 60,
+        lm_steps=lm_state["step"],
+        lm_minutes=lm_state["seconds"] / 60,
+        lm_epochs=lm_state["step"] * lm_state["batch"] / rows,
+        temperature=model.generation_config.temperature,
+        guidance=model.generation_config.guidance_scale,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return figures
+
+
+def measured(
+    model: JanusForConditionalGeneration,
+    processor: Any,
+    pictures: Pictures,
+    tokens: Tensor,
+    data: DataConfig,
+    lm: LMConfig,
+) -> dict[str, float]:
+    """The figures of the card; `tokens [N, 256]` are the pictures' codes."""
     vq = model.model.vqmodel
     use = torch.bincount(tokens.flatten(), minlength=CODEBOOK) / tokens.numel()
     train, test = lm_rows(pictures, lm.styles, lm.names)
@@ -126,7 +164,7 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
 
     drawn = torch.tensor([style in lm.styles for style in pictures.styles])[pictures.test]
     decoded = decode_pictures(vq, tokens[pictures.test])
-    figures = {
+    return {
         "psnr": psnr(to_model_range(held_out), decoded),
         "drawn_psnr": psnr(to_model_range(held_out[drawn]), decoded[drawn]),
         "codes": int((use > 0).sum()),
@@ -134,27 +172,3 @@ def export_sample(data: DataConfig, lm: LMConfig, output: Path, folder: Path, re
         "train_loss": loss(train[:: max(1, len(train) // len(test))]),
         "test_loss": loss(test),
     }
-    seen = int((~pictures.test).sum())
-    card = CARD.format(
-        **figures,
-        remarks=remarks,
-        pictures=len(pictures.captions),
-        names=len(set(pictures.captions)),
-        test=len(held_out),
-        drawn=" and ".join(lm.styles),
-        drawn_names=len(train),
-        lm_params=sum(p.numel() for p in model.model.language_model.parameters()) / 1e6,
-        vq_params=sum(p.numel() for p in vq.parameters()) / 1e6,
-        vq_steps=vq_state["step"],
-        vq_minutes=vq_state["seconds"] / 60,
-        vq_epochs=vq_state["step"] * vq_state["batch"] / seen,
-        decoder_steps=decoder_state["step"],
-        decoder_minutes=decoder_state["seconds"] / 60,
-        lm_steps=lm_state["step"],
-        lm_minutes=lm_state["seconds"] / 60,
-        lm_epochs=lm_state["step"] * lm_state["batch"] / len(train),
-        temperature=model.generation_config.temperature,
-        guidance=model.generation_config.guidance_scale,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    return figures
