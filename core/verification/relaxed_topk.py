@@ -37,6 +37,7 @@ def relaxed_topk(
     most: int | None = None,
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
+    best: bool = False,
 ) -> TopK:
     """Keep drafted candidates with probability p/q, and fill up to k.
 
@@ -44,7 +45,8 @@ def relaxed_topk(
     one where some of what it was drawn over has been dropped since, None if N = 0; target_scores `[B, C]`: cumulative
     log-probabilities, -inf where there is no candidate; k: an int or `[B]` long; most: its maximum, to save a
     synchronisation; temperature: of p, the drafter's own, 1 as published. Towards 0 the list becomes the likeliest, which
-    matters where no item is likely: there K draws are K items at random. Raises InputError for shapes, dtypes or devices that
+    matters where no item is likely: there K draws are K items at random; best: of those kept, the likeliest stand instead of
+    random ones, and what fills up, or is taken where nothing was drafted, is the likeliest too. Raises InputError for shapes, dtypes or devices that
     do not fit, ConfigError for k < 1 or a temperature ≤ 0.
     """
     counts, most = check_topk(draft_tokens, target_scores, k, most)
@@ -65,11 +67,12 @@ def relaxed_topk(
     drafted = torch.zeros(p.shape[0], p.shape[1] + 1, dtype=torch.bool, device=p.device)
     drafted = drafted.scatter_(1, torch.where(draft_tokens < 0, p.shape[1], draft_tokens), True)[:, :-1]
     u, noise = (torch.rand(p.shape, generator=generator, device=p.device) for _ in range(2))
-    noise = -(-noise.clamp(1e-20, 1 - 6e-8).log()).log()  # Gumbel: the best of log w + noise are draws from w
+    # Gumbel: the best of log w + noise are draws from w
+    noise = torch.zeros_like(p) if best else -(-noise.clamp(1e-20, 1 - 6e-8).log()).log()
     kept = drafted & (u * q < p)
     residual = (p - q).clamp(min=0).log() + noise
-    value = torch.where(residual > -torch.inf, residual, log_p + noise - TIER)
-    value = torch.where(kept, noise + TIER, value)
+    value = log_p if best else torch.where(residual > -torch.inf, residual, log_p + noise - TIER)
+    value = torch.where(kept, (log_p if best else noise) + TIER, value)
     best = value.topk(min(most, value.shape[1]), dim=1)
     ranks = torch.arange(best.indices.shape[1], device=counts.device)
     chosen = torch.where((ranks < counts[:, None]) & (best.values > -torch.inf), best.indices, -1)

@@ -121,6 +121,19 @@ def test_the_relaxed_list_is_short_only_where_candidates_are():
     assert everything.accepted.all()
 
 
+def test_the_best_of_those_kept_stand_where_that_is_asked_for():
+    scores = P.log().expand(ROWS, -1)
+    likeliest = P.topk(2).indices
+    nothing = torch.empty(ROWS, 0, dtype=torch.long)
+    assert (v.relaxed_topk(nothing, None, scores, k=2, best=True).chosen == likeliest).all()
+    # drafts that no test can fail, in any order: the published rule takes two of them at random
+    tokens = torch.arange(len(P)).flip(0).expand(ROWS, -1)
+    generator = torch.Generator().manual_seed(3)
+    found = v.relaxed_topk(tokens, scores.exp(), scores, k=2, best=True, generator=generator)
+    assert found.accepted.all() and (found.chosen == likeliest).all()
+    assert not (relaxed(list(range(len(P))), P, 2).chosen == likeliest).all()
+
+
 @pytest.mark.parametrize("rule", [v.strict_topk, v.relaxed_topk])
 def test_list_rules_never_wait_for_the_device(rule):
     tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
