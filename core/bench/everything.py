@@ -21,10 +21,11 @@ from polyspec import pipelines
 from polyspec.bench.page import page
 from polyspec.errors import ConfigError, PolyspecError, unknown
 from polyspec.outputs import Result
+from polyspec.prompts import load_prompts
 from polyspec.recipe import recipes
 from polyspec.tasks import whole_file
 
-PLAIN = "autoregressive"
+PLAIN, PICTURED = "autoregressive", "vision_language"
 
 
 def run(config: DictConfig) -> None:
@@ -36,6 +37,8 @@ def run(config: DictConfig) -> None:
         if name not in settings["parts"]:
             raise unknown("part", name, settings["parts"])
     folder.mkdir(parents=True, exist_ok=True)
+    if PICTURED in chosen:
+        draw(folder / "pictures", settings["count"], config)
     parts: list[dict[str, Any]] = []
     for name in chosen:
         part, place = settings["parts"][name], folder / name
@@ -47,10 +50,14 @@ def run(config: DictConfig) -> None:
         wanted = part.get("recipes", "all")
         if wanted == "all":
             wanted, left_out = ready(part["modality"], plain.loaded)
+            wanted += part.get("also", [])
         bench(config, part, wanted, settings, place)
         report = json.loads((place / "results.json").read_text(encoding="utf-8"))
         plots = [str(p) for p in sorted(place.glob("*.png"))]
-        made = list(examples(config, part, plain)) if "example" in part else []
+        made = []
+        if given := part.get("example"):
+            plots += [given["image"]] if "image" in given else []
+            made = list(examples(config, part, given))
         parts.append({"name": name, "report": report, "plots": plots, "left_out": left_out, "examples": made})
     command = " ".join(["polyspec", *sys.argv[1:]])
     with whole_file(folder / "report.html") as path:
@@ -59,6 +66,15 @@ def run(config: DictConfig) -> None:
     with whole_file(folder / "report.json") as path:
         path.write_text(json.dumps({"command": command, "parts": kept}, indent=1, default=str) + "\n", encoding="utf-8")
     console.print(f"wrote {folder / 'report.html'} and {folder / 'report.json'}", markup=False, highlight=False)
+
+
+def draw(folder: Path, count: int, config: DictConfig) -> None:
+    """Pictures to ask about, by the image sample."""
+    pipe = pipelines.pipeline("image", device=config.device, dtype=config.dtype)
+    folder.mkdir(exist_ok=True)
+    for number, picture in enumerate(pipe(load_prompts("emoji")[:count], seed=config.seed).outputs):
+        with whole_file(folder / f"{number:02}.png") as path:
+            picture.save(path)
 
 
 def ready(modality: str, loaded: Any) -> tuple[list[str], dict[str, str]]:
@@ -95,11 +111,11 @@ def bench(
         raise ConfigError(f"this bench ended with {code}: {' '.join(command[3:])}")
 
 
-def examples(config: DictConfig, part: Mapping[str, Any], plain: Any) -> Iterator[tuple[str, Result]]:
+def examples(config: DictConfig, part: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, Result]]:
     """What the part's example becomes plainly and with its recipe, by default the modality's best; both warm."""
     knobs = {"device": config.device, "dtype": config.dtype}
     fast = pipelines.pipeline(part["modality"], recipe=part.get("recipe"), **knobs)
     slow = pipelines.pipeline(part["modality"], target=fast.loaded, recipe=PLAIN)
     for name, pipe in (("plain", slow), (fast.method.recipe.name, fast)):
-        pipe(part["example"], seed=config.seed)
-        yield name, pipe(part["example"], seed=config.seed)
+        pipe(**given, seed=config.seed)
+        yield name, pipe(**given, seed=config.seed)

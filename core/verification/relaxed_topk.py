@@ -42,12 +42,12 @@ def relaxed_topk(
     """Keep drafted candidates with probability p/q, and fill up to k.
 
     draft_tokens `[B, N]` long: distinct candidates drawn from q (-1: none); draft_probs `[B, C]`: q, may sum to less than
-    one where some of what it was drawn over has been dropped since, None if N = 0; target_scores `[B, C]`: cumulative
-    log-probabilities, -inf where there is no candidate; k: an int or `[B]` long; most: its maximum, to save a
-    synchronisation; temperature: of p, the drafter's own, 1 as published. Towards 0 the list becomes the likeliest, which
-    matters where no item is likely: there K draws are K items at random; best: of those kept, the likeliest stand instead of
-    random ones, and what fills up, or is taken where nothing was drafted, is the likeliest too. Raises InputError for shapes, dtypes or devices that
-    do not fit, ConfigError for k < 1 or a temperature ≤ 0.
+    one where some of what it was drawn over has been dropped since, None if N = 0; target_scores `[B, C]`: cumulative log-
+    probabilities, -inf where there is no candidate; k: an int or `[B]` long; most: its maximum, to save a synchronisation;
+    temperature: of p, the drafter's own, 1 as published. Towards 0 the list becomes the likeliest, which matters where no
+    item is likely: there K draws are K items at random; best: of those kept, the likeliest stand instead of random ones,
+    and what fills up, or is taken where nothing was drafted, is the likeliest too. Raises InputError for shapes, dtypes or
+    devices that do not fit, ConfigError for k < 1 or a temperature ≤ 0.
     """
     counts, most = check_topk(draft_tokens, target_scores, k, most)
     check_generator(generator, target_scores.device)
