@@ -3,7 +3,8 @@
 `train` is the whole way, from a `train` configuration (conf/train/): the target continues prompts (data), its hidden
 states are computed once (features), the head learns from both (trainer, objectives). Every stage continues where an
 interrupted run stopped. What differs between modalities, how a target draws its own data, is the class `DataSource` in the
-module `own_data` of its package; for other targets call the stages with a Target and a Corpus of your own.
+module `own_data` of its package, which may have a method `inputs` (see `generate_corpus`); for other targets call the
+stages with a Target and a Corpus of your own.
 """
 
 from __future__ import annotations
@@ -73,7 +74,14 @@ def train(config: Mapping[str, Any]) -> Path:
     depth = target.config.num_hidden_layers
     read = list(getattr(head.config, "target_layers", None) or ())
     layers = [*read, depth] if objective.last_hidden else read
-    features = compute_features(target, corpus, layers, folder / "features", batch=settings.get("feature_batch", 8))
+    features = compute_features(
+        target,
+        corpus,
+        layers,
+        folder / "features",
+        batch=settings.get("feature_batch", 8),
+        inputs=getattr(source, "inputs", None),
+    )
     target.hidden_layers = ()
     train_head(head, target, corpus, features, objective, schedule, output)
     if not read and tokenizer is not None:  # a model of its own, to be loaded as any other

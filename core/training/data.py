@@ -7,7 +7,7 @@ that grows batch by batch; generating again with the same settings continues whe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -73,13 +73,16 @@ def generate_corpus(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    inputs: Callable[[range], Mapping[str, Any]] | None = None,
+    note: Mapping[str, Any] | None = None,
 ) -> Corpus:
     """Let `model` continue `prompts` (token lists, over and over, each time with new noise) until it made `tokens`.
 
     temperature: 0 for the likeliest tokens; several are used in turn, one a pass over the prompts. A shard is written
     after every batch. Row i of the corpus continues prompt i mod len(prompts), and a batch's noise is seeded by its first
-    row, so the corpus does not depend on where it was interrupted. Raises InputError without prompts, CheckpointError if
-    `folder` holds a corpus made with other settings.
+    row, so the corpus does not depend on where it was interrupted. inputs: what else the model is given, pictures say, for
+    rows of the corpus with these numbers, padded on the left; note: what says which. Raises InputError without prompts,
+    CheckpointError if `folder` holds a corpus made with other settings.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise InputError("no prompts to continue: give at least one, and none of them empty")
@@ -94,12 +97,15 @@ def generate_corpus(
         "top_k": top_k,
         "top_p": top_p,
         "seed": seed,
+        **(note or {}),
     }
 
     def draw(first: int) -> tuple[list[np.ndarray], list[int]]:
-        rows = [list(prompts[i % len(prompts)]) for i in range(first, first + batch)]
-        now = temperatures[first // len(prompts) % len(temperatures)]
-        return continue_prompts(model, rows, seed + first, {**knobs, "temperature": now}), [len(r) for r in rows]
+        numbers = range(first, first + batch)
+        rows = [list(prompts[i % len(prompts)]) for i in numbers]
+        now = {**knobs, "temperature": temperatures[first // len(prompts) % len(temperatures)]}
+        extra = inputs(numbers) if inputs else {}
+        return continue_prompts(model, rows, seed + first, now, **extra), [len(r) for r in rows]
 
     return grow_corpus(folder, settings, tokens, draw)
 
@@ -129,11 +135,11 @@ def grow_corpus(
 
 
 def continue_prompts(
-    model: PreTrainedModel, prompts: list[list[int]], seed: int, knobs: dict[str, Any]
+    model: PreTrainedModel, prompts: list[list[int]], seed: int, knobs: dict[str, Any], **inputs: Any
 ) -> list[np.ndarray]:
     """One batch: prompts and what the plain loop samples after them, up to and including end-of-sequence.
 
-    knobs: generate's; temperature 0 takes the likeliest token."""
+    knobs: generate's; temperature 0 takes the likeliest token; inputs: what else the model is given."""
     import polyspec
     from polyspec.decoding.chain import Chain
     from polyspec.verification import speculative_sampling
@@ -150,7 +156,7 @@ def continue_prompts(
     sampling = {"do_sample": True, **knobs}
     if not knobs["temperature"]:
         sampling = {"do_sample": False, "max_new_tokens": knobs["max_new_tokens"]}
-    out = generate(ids, attention_mask=mask, pad_token_id=pad, custom_generate=plain, **sampling)
+    out = generate(ids, attention_mask=mask, pad_token_id=pad, custom_generate=plain, **inputs, **sampling)
     ends = config.eos_token_id if config else None
     stops = np.atleast_1d(np.asarray([] if ends is None else ends))
     rows = []

@@ -8,8 +8,9 @@ where the corpus has grown, and computes only layers that are not there.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -41,15 +42,19 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 
 @torch.no_grad()
-def hidden_states(target: Target, rows: Sequence[Tensor], prompts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+def hidden_states(
+    target: Target, rows: Sequence[Tensor], prompts: Sequence[int], **inputs: Any
+) -> list[tuple[Tensor, ...]]:
     """What a drafter would see while `target` generates `rows`: for each row its hidden states `[T-1, d]`, a tensor a
-    layer of `target.hidden_layers`. The prompt is prefilled, the rest forwarded, as in decoding."""
+    layer of `target.hidden_layers`. The prompt is prefilled, with `inputs` (as padded on the left), the rest forwarded, as
+    in decoding."""
     device = target.device
-    start = pad_sequence([row[:n] for row, n in zip(rows, prompts, strict=True)], batch_first=True)
-    mask = pad_sequence([torch.ones(n, dtype=torch.long) for n in prompts], batch_first=True)
+    starts = [row[:n] for row, n in zip(rows, prompts, strict=True)]
+    start = pad_sequence(starts, batch_first=True, padding_side="left")
+    mask = pad_sequence(list(map(torch.ones_like, starts)), batch_first=True, padding_side="left")
     rest = pad_sequence([row[n - 1 : -1] for row, n in zip(rows, prompts, strict=True)], batch_first=True)
     width = start.shape[1] + rest.shape[1]
-    first = target.prefill(start.to(device), mask.to(device), capacity=width)
+    first = target.prefill(start.to(device), mask.to(device), capacity=width, **inputs)
     then = target.forward(rest.to(device)).hidden
     before = first.hidden if first is not None else tuple(h[:, :0] for h in then)
     return [
@@ -59,11 +64,16 @@ def hidden_states(target: Target, rows: Sequence[Tensor], prompts: Sequence[int]
 
 
 def compute_features(
-    target: Target, corpus: Corpus, layers: Sequence[int], folder: str | Path, batch: int = 8
+    target: Target,
+    corpus: Corpus,
+    layers: Sequence[int],
+    folder: str | Path,
+    batch: int = 8,
+    inputs: Callable[[range], Mapping[str, Any]] | None = None,
 ) -> Features:
     """Hidden states of `layers` (indices into transformers' hidden_states) for the whole corpus, `batch` rows at once.
 
-    Raises CheckpointError if `folder` belongs to another corpus or target.
+    inputs: as for `generate_corpus`. Raises CheckpointError if `folder` belongs to another corpus or target.
     """
     folder, width = Path(folder), target.config.hidden_size
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +89,9 @@ def compute_features(
             maps.append(np.memmap(path, np.int16, "r+" if path.exists() else "w+", shape=shape))
         for first in tqdm(range(begin, len(corpus), batch), desc="hidden states", unit=" batches"):
             index = range(first, min(first + batch, len(corpus)))
-            found = hidden_states(target, [corpus.row(i) for i in index], [int(corpus.prompts[i]) for i in index])
+            extra = inputs(index) if inputs else {}
+            lengths = [int(corpus.prompts[i]) for i in index]
+            found = hidden_states(target, [corpus.row(i) for i in index], lengths, **extra)
             for i, states in zip(index, found, strict=True):
                 at = slice(corpus.starts[i], corpus.starts[i + 1] - 1)
                 for m, h in zip(maps, states, strict=True):
