@@ -17,6 +17,7 @@ from PIL import Image
 import polyspec
 from polyspec.bench.everything import ready
 from polyspec.bench.page import page, table
+from polyspec.bench.run import spent
 from polyspec.metrics import DecodingStats
 from polyspec.outputs import Audio, Recommendation, Result
 
@@ -71,7 +72,14 @@ def test_a_page_needs_no_other_file(output: object, holds: str, tmp_path: Path) 
 def test_a_table_has_the_columns_that_are_filled() -> None:
     found = table([ROW, {**ROW, "label": "jacobi", "efficiency": 0.5}])
     assert "2.35" in found or "2.34" in found
-    assert "<th>efficiency</th>" in found and "1 − TV" not in found
+    assert "<th>efficiency</th>" in found and "1 − TV" not in found and "% of the time" not in found
+    assert "<td>0/50/25/5/20</td>" in table([{**ROW, "spent": {"a": 0, "b": 0.5, "c": 0.25, "d": 0.05, "e": 0.2}}])
+
+
+def test_where_the_time_went_adds_up() -> None:
+    stats = [DecodingStats(wall_seconds=2.0, target_seconds=1.0, draft_seconds=0.5, verify_seconds=0.1)] * 2
+    assert spent(stats) == pytest.approx({"prefill": 0, "target": 0.5, "draft": 0.25, "verify": 0.05, "rest": 0.2})
+    assert spent([DecodingStats()]) == {}
 
 
 def test_recipes_without_a_drafter_are_named_with_the_reason() -> None:

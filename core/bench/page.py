@@ -35,6 +35,7 @@ COLUMNS = { # what a result may hold, and its heading
     "ceiling": "ceiling",
     "efficiency": "efficiency",
     "tokens_per_second": "tokens/s",
+    "spent": "% of the time in prefill/target/draft/verify/rest",
     "accepted_of_tried": "accepted",
     "one_minus_tv": "1 − TV",
     "first_accepted": "accepted",
@@ -74,7 +75,7 @@ def section(part: Mapping[str, Any]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Results as rows, with the columns that any of them fills."""
-    names = [c for c in COLUMNS if any(r.get(c) not in (None, "") for r in results)]
+    names = [c for c in COLUMNS if any(r.get(c) not in (None, "", {}) for r in results)]
     if "guarantee" not in results[0]:  # measures of quality, which have names of their own
         names += [c for c in results[0] if c not in COLUMNS]
     head = "".join(f"<th{kind(c)}>{html.escape(COLUMNS.get(c, c))}</th>" for c in names)
@@ -95,6 +96,8 @@ def kind(column: str) -> str:
 def cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, Mapping):
+        return "/".join(f"{100 * part:.0f}" for part in value.values())
     return f"{value:.2f}" if isinstance(value, float) else html.escape(str(value))
 
 

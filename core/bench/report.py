@@ -60,6 +60,10 @@ def notes(report: Mapping[str, Any], results: list[dict[str, Any]]) -> list[str]
     if same:
         shares = ", ".join(f"{label} {share:.0%}" for label, share in same.items())
         lines.append(f"outputs identical to the plain loop's, of those that should be: {shares}")
+    timed = [r for r in results if r["guarantee"] and r.get("spent")]
+    if timed:
+        shares = ", ".join(f"{r['label']} {'/'.join(f'{100 * v:.0f}' for v in r['spent'].values())}" for r in timed)
+        lines.append(f"percent of the time for {'/'.join(timed[0]['spent'])}: {shares}")
     if large := report["settings"].get("large_target"):
         worth = [r for r in results if r["guarantee"]]
         shares = ", ".join(f"{r['label']} {r['at_large_target']:.2f}×" for r in worth)

@@ -358,11 +358,20 @@ def results(
                 "accepted_by_position": positions(c.stats),
                 "same_as_plain_loop": same_outputs(c, loop, do_sample),
                 "at_large_target": at_large_target(c, width, large_target) if large_target else None,
+                "spent": spent(c.stats),
                 "runs": [s.to_dict() for s in c.stats],
                 "seconds_per_token": c.seconds,
             }
         )
     return rows
+
+
+def spent(stats: Sequence[DecodingStats]) -> dict[str, float]:
+    """The shares of the time that a recipe's parts took; `rest` is the loop's own, and what is made of the tokens."""
+    whole = sum(s.wall_seconds for s in stats)
+    parts = {part: sum(getattr(s, f"{part}_seconds") for s in stats) for part in ("prefill", "target", "draft", "verify")}
+    found = {part: seconds / whole for part, seconds in parts.items()} if whole else {}
+    return {**found, "rest": 1 - sum(found.values())} if found else {}
 
 
 def unhindered(
