@@ -91,15 +91,15 @@ def is_from(target: Any, folder: Path) -> bool:
 
 def shipped_drafter(sample: str | None, recipe: Recipe, need: str) -> Path | None:
     """The folder of the `need` ("heads", "draft_model") of `recipe` that is shipped for `sample`, None if there is none."""
-    from hydra.utils import get_class
+    from hydra.utils import get_object
 
-    kind = need
+    drafter = recipe.config.drafter
+    made_by: Any = get_object(drafter.get("inner", drafter)._target_)
+    kinds = getattr(made_by, "shipped", (need,))
     if need == "heads":
-        drafter = recipe.config.drafter
-        heads: Any = get_class(drafter.get("inner", drafter)._target_)
-        kind = heads.kind.config_class.model_type.removeprefix("polyspec_")
-    folder = shipped("drafters") / sample / kind if sample else None
-    return folder if folder and (folder / "config.json").exists() else None
+        kinds = (made_by.kind.config_class.model_type.removeprefix("polyspec_"),)
+    folders = [shipped("drafters") / sample / kind for kind in kinds] if sample else []
+    return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
 
 def default_device() -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import polyspec
+from polyspec.drafting.dflash import DFlashModel
+from polyspec.drafting.eagle import EagleModel
 from polyspec.recipe import Recipe
 
 COUPLED = [r for r in text_recipes() if r.config.get("draws") == "coupled" and r.name != "autoregressive"]
@@ -73,7 +75,8 @@ def test_any_drafter_gives_the_same_tokens(recipe: Recipe) -> None:
     padded.resize_token_embeddings(VOCAB + 9, mean_resizing=False)
     shorter = noisy_copy(model(), 0.1)
     shorter.resize_token_embeddings(VOCAB - 9, mean_resizing=False)
-    for drafter in (model(), noisy_copy(model(), 0.3), build("gpt2", seed=4), padded, shorter):
+    heads = [kind.for_target(model()) for kind in (DFlashModel, EagleModel)]
+    for drafter in (model(), noisy_copy(model(), 0.3), build("gpt2", seed=4), padded, shorter, *heads):
         assert torch.equal(sampled(recipe.name, prompts(), 3, options, draft_model=drafter, length=5), expected)
 
 

@@ -31,6 +31,7 @@ from polyspec.decoding.proactive import ProactiveJacobi
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Coupled, Independent, Processing
 from polyspec.drafting import Draft
+from polyspec.drafting.dflash import DFlashModel
 from polyspec.drafting.eagle import EagleModel
 from polyspec.guidance import Guidance, guide_log_probs
 from polyspec.recipe import Recipe, find_recipe
@@ -196,6 +197,14 @@ def test_sampled_sequences_have_the_guided_distribution_in_every_loop(recipe: Re
 @by_name([r for r in EXACT if "init" in r.knobs and r.config.draws == "independent"])
 def test_sampled_sequences_have_the_models_distribution_where_windows_start_from_a_drafter(recipe: Recipe) -> None:
     fast = made(recipe, init="drafter")
+    assert p_value(fast, "guided", FEWER) > THRESHOLD
+    assert partly_accepted(fast)
+
+
+@pytest.mark.parametrize("name", ["speculative_sampling", "block_verification"])
+@pytest.mark.parametrize("kind", [DFlashModel, EagleModel])
+def test_sampled_sequences_have_the_models_distribution_where_heads_draft_for_a_model(name: str, kind: Any) -> None:
+    fast = polyspec.custom_generate(name, draft_model=kind.for_target(model()), length=3)
     assert p_value(fast, "guided", FEWER) > THRESHOLD
     assert partly_accepted(fast)
 
