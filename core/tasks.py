@@ -193,7 +193,7 @@ def write_outputs(result: Result, output: str | None, prompt: str, plain: Result
     if plain is not None:
         both = [p for pair in zip(plain.outputs, pictures, strict=True) for p in pair]
         labels = [f"plain {plain.stats.wall_seconds:.1f} s", f"{result.stats.recipe} {result.stats.wall_seconds:.1f} s"]
-        sheet = contact_sheet(both, labels * len(pictures), columns=2 if len(pictures) < 5 else 8, scale=3)
+        sheet = contact_sheet(both, labels * len(pictures), columns=2 if len(pictures) == 1 else 4, scale=3)
         files.append((stem.with_stem(f"{stem.stem}-compare"), sheet))
     for path, picture in files:
         try:
