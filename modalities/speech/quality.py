@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torchaudio
+from torch import Tensor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from polyspec import pipelines
@@ -30,7 +31,7 @@ class Recogniser:
         return self.processor.batch_decode(self.model.generate(**inputs), skip_special_tokens=True)
 
 
-MOS_RATE = 16_000
+MOS_RATE = VOICE_RATE = 16_000
 
 
 def dnsmos(sounds: Sequence[Audio]) -> float | None:
@@ -47,30 +48,50 @@ def dnsmos(sounds: Sequence[Audio]) -> float | None:
     return sum(rated) / max(1, len(rated))
 
 
+def speaker_similarity(sounds: Sequence[Audio], others: Sequence[Audio]) -> float | None:
+    """The mean cosine between the voices of `sounds` and of `others`, pair by pair, as the speaker encoder of the package
+    resemblyzer hears them (GE2E, 1710.10467); None without it."""
+    try:
+        from resemblyzer import VoiceEncoder  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    encoder = VoiceEncoder("cpu", verbose=False)
+
+    def voice(sound: Audio) -> Tensor:
+        wave = torchaudio.functional.resample(sound.waveform.mean(0).float(), sound.sample_rate, VOICE_RATE)
+        return torch.from_numpy(encoder.embed_utterance(wave.numpy()))
+
+    pairs = [(voice(a), voice(b)) for a, b in zip(sounds, others, strict=True)]
+    return float(sum(torch.cosine_similarity(a, b, dim=0) for a, b in pairs)) / max(1, len(pairs))
+
+
 def bench_quality(
     pipes: Mapping[str, Any], settings: Mapping[str, Any], arguments: Mapping[str, Any], seed: int
 ) -> dict[str, dict[str, float]]:
-    """For each pipeline, by label: `word_error_rate` of what the recogniser hears, `dnsmos` if that can be had,
-    `real_time_factor`, and `first_audio_seconds` until a stream of a text gives its first sound.
+    """For each pipeline, by label: `word_error_rate` of what the recogniser hears, `dnsmos` and `speaker_similarity` to the
+    first pipeline's sounds if they can be had, `real_time_factor`, and `first_audio_seconds` until a stream of a text gives
+    its first sound.
 
     settings: path (the recogniser, see `Recogniser`), prompts (a name in samples/prompts or a list), count, batch.
     """
     texts = bench_prompts(settings["prompts"])[: settings["count"]]
     hear, found = Recogniser(settings["path"]), {}
+    first: list[Audio] = []
     for label, pipe in pipes.items():
-        heard, total, ratings = [], None, []
+        sounds, total = [], None
         for start in range(0, len(texts), settings["batch"]):
             said = pipe(texts[start : start + settings["batch"]], seed=seed + start, **arguments)
-            heard += hear(said.outputs)
-            if (rating := dnsmos(said.outputs)) is not None:
-                ratings += [rating] * len(said.outputs)
+            sounds += said.outputs
             total = said.stats if total is None else total.plus(said.stats)
+        first = first or sounds
         stream = pipe.stream(texts[0], seed=seed, **arguments)
         for _ in stream:
             pass
+        heard = [h for i in range(0, len(sounds), settings["batch"]) for h in hear(sounds[i : i + settings["batch"]])]
+        rated = {"dnsmos": dnsmos(sounds), "speaker_similarity": speaker_similarity(sounds, first)}
         found[label] = {
             "word_error_rate": word_error_rate(texts, heard),
-            **({"dnsmos": sum(ratings) / len(ratings)} if ratings else {}),
+            **{name: value for name, value in rated.items() if value is not None},
             "real_time_factor": total.real_time_factor if total else 0.0,
             "first_audio_seconds": stream.stats.first_output_seconds,
         }

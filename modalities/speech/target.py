@@ -192,7 +192,7 @@ class InterleavedSpeech(OneStream):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, codec: SpeechCodec):
         self.layout = Layout.of(tokenizer)
-        sizes = (model.config.vocab_size, self.layout.codes, self.layout.size - self.layout.first_phoneme)
+        sizes = (model.config.vocab_size, self.layout.codes, self.layout.phonemes)
         theirs = (self.layout.size, codec.config.codes, codec.config.phonemes)
         if sizes != theirs:
             raise CheckpointError(
@@ -206,7 +206,7 @@ class InterleavedSpeech(OneStream):
         self.target.codes = self.layout.codes
         self.sample_rate = codec.config.sample_rate
         self.eos: Tensor | None = torch.tensor([self.layout.end], device=model.device)
-        self.known = {t for t, i in tokenizer.get_vocab().items() if i > self.layout.first_phoneme}
+        self.known = {t for t, i in tokenizer.get_vocab().items() if 0 < i - self.layout.first_phoneme < self.layout.phonemes}
 
     def pieces(self, text: str) -> list[str]:
         return pieces(text, self.known)
@@ -236,8 +236,8 @@ class InterleavedVoice:
     def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
         codes, phonemes = [], []
         for token in tokens:
-            if token >= self.layout.first_phoneme:
-                self.phoneme = token - self.layout.first_phoneme
+            if token >= self.layout.first_spoken:
+                self.phoneme = (token - self.layout.first_spoken) // self.layout.durations
             elif token < self.layout.codes:
                 codes.append(token)
                 phonemes.append(self.phoneme)

@@ -62,6 +62,11 @@ class Aligned(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Codes of each."""
+        return [codes.shape[1] for codes, _, _ in self.rows]
+
     def __getitem__(self, item: int) -> dict[str, Any]:
         names = ("codes", "phonemes", "durations")
         return {n: torch.from_numpy(x.astype(np.int64)) for n, x in zip(names, self.rows[item], strict=True)}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from polyspec.errors import ConfigError, InputError
 from polyspec.modalities.speech.codec import SpeechCodec
-from polyspec.modalities.speech.phonemes import EDGE, LONGEST, alphabet, phonemiser
+from polyspec.modalities.speech.phonemes import DURATIONS, EDGE, LONGEST, alphabet, phonemiser
 from polyspec.training.data import check_settings, read_shards, save_shard
 
 SHARD = 250  # sentences
@@ -81,7 +81,7 @@ class Voice:
         samples = self.dsp.synth(*(part[0] for part in spectrum), np.random.default_rng(seed))
         ends = np.asarray(ends).reshape(-1)
         durations = np.diff(ends, prepend=0)
-        if len(samples) != STEP * ends[-1] or durations.min() < 1:
+        if len(samples) != STEP * ends[-1] or not 1 <= durations.min() <= durations.max() <= DURATIONS:
             return None
         pitch = spectrum[-1][0]
         phonemes = np.array([0, *(self.number[c] for c in kept), 0])

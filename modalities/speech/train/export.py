@@ -25,11 +25,11 @@ a download.
 
 | part | what | parameters |
 |---|---|---|
-| language model (this folder) | `LlamaForCausalLM`, {layers} layers × {width}: phonemes and codes by turns | {lm:.2f}M |
+| language model (here) | `LlamaForCausalLM`, {layers} layers × {width}: phonemes, timed, and codes in turn | {lm:.2f}M |
 | codec (`codec/`) | two residual codebooks of {codes} on a log-mel, {rate} codes a second; a vocoder | {codec:.2f}M |
 
-A sequence is `<s> # phonemes # <speak>`, then every phoneme followed by the codes that speak it, then `</s>`. Only the
-first codebook is in it; the second is predicted from the first and the phonemes. Weights are bfloat16.
+A sequence is `<s> # phonemes # <speak>`, then every phoneme with its duration, followed by as many codes, then
+`</s>`. Only the first codebook is in it; the second is predicted from the first and the phonemes. Weights are bfloat16.
 
 ```python
 import polyspec

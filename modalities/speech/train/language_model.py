@@ -38,7 +38,7 @@ class LMConfig:
 def new_model(config: LMConfig, layout: Layout, seed: int = 0) -> LlamaForCausalLM:
     """An untrained model, its weights fixed by `seed`."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=layout.size,
             hidden_size=config.hidden_size,
@@ -53,16 +53,28 @@ def new_model(config: LMConfig, layout: Layout, seed: int = 0) -> LlamaForCausal
             eos_token_id=layout.end,
         )
     )
+    share_phonemes(model, layout)
+    return model
+
+
+@torch.no_grad()
+def share_phonemes(model: LlamaForCausalLM, layout: Layout) -> None:
+    """Let a spoken phoneme begin as the text's own, and a vector of its duration: to find where the voice is in the text is
+    to look for what has just been spoken, which a model hardly learns where the two are strangers."""
+    table = model.get_input_embeddings().weight
+    text = table[layout.first_phoneme : layout.first_spoken]
+    lasting = 0.3 * text.std() * torch.randn(layout.durations, table.shape[1])
+    table[layout.first_spoken :] = (text[:, None] + lasting).flatten(0, 1)
 
 
 def row_of(found: dict[str, Any], layout: Layout) -> tuple[Tensor, int]:
     """A sentence as tokens and how many of them are its prompt. See `polyspec.modalities.speech.phonemes`."""
-    names, durations = found["phonemes"] + layout.first_phoneme, found["durations"]
-    prompt = torch.cat([torch.tensor([layout.start]), names, torch.tensor([layout.speak])])
+    names, durations = found["phonemes"], found["durations"]
+    prompt = torch.cat([torch.tensor([layout.start]), names + layout.first_phoneme, torch.tensor([layout.speak])])
     said = torch.empty(len(names) + found["codes"].shape[1], dtype=torch.long)
     at = durations.cumsum(0) - durations + torch.arange(len(names))  # where each phoneme stands
     is_code = torch.ones(len(said), dtype=torch.bool).scatter_(0, at, False)
-    said[at] = names
+    said[at] = layout.first_spoken + names * layout.durations + durations - 1
     said[is_code] = found["codes"][0]
     return torch.cat([prompt, said, torch.tensor([layout.end])]), len(prompt)
 
@@ -97,18 +109,21 @@ def train_lm(
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """Train the language model, or continue; returns it, and the figures at the end."""
     model = new_model(config, layout, schedule.seed)
+    # rows are short: torch's fused attention on a CPU takes a third of a step, most of it on the way back, plain products less
+    model.set_attn_implementation("eager")
 
     def losses(model: LlamaForCausalLM, batch: dict[str, Any]) -> dict[str, Tensor]:
-        logits = model(input_ids=batch["context"][:, :-1], use_cache=False).logits.float()
+        hidden = model.model(input_ids=batch["context"][:, :-1], use_cache=False).last_hidden_state
         goal = batch["labels"][:, 1:]
-        loss = functional.cross_entropy(logits.transpose(1, 2), goal, reduction="none")
-        code = (goal >= 0) & (goal < layout.codes)
-        phoneme = goal >= layout.codes
+        said = goal >= 0  # prompts are given, so the output layer need not see them
+        goal = goal[said]
+        loss = functional.cross_entropy(model.lm_head(hidden[said]).float(), goal, reduction="none")
 
         def mean(of: Tensor) -> Tensor:
             return (loss * of).sum() / of.sum().clamp(min=1)
 
-        return {"loss": mean(goal >= 0), "codes": mean(code), "phonemes": mean(phoneme)}
+        code = goal < layout.codes
+        return {"loss": loss.mean(), "codes": mean(code), "phonemes": mean(~code & (goal != layout.end))}
 
     figures = fit(
         model, lambda _: losses, data, Collate(config, layout), schedule, output, dtype=getattr(torch, config.dtype)

@@ -14,34 +14,46 @@ from polyspec.modalities.speech.phonemes import Interleaved, Layout, new_tokeniz
 from polyspec.trees import Tree
 from polyspec.verification import Verdict
 
-TOKENIZER = new_tokenizer(4, "abc ")
+TOKENIZER = new_tokenizer(4, "abc ", durations=3)
 LAYOUT = Layout.of(TOKENIZER)
 EDGE, A, B, C, SPACE = range(LAYOUT.first_phoneme, LAYOUT.first_phoneme + 5)
 
 
-def allowed(said: list[int], text: str = "ab", longest: int = 3, pace: int = 8) -> set[int]:
+def spoken(phoneme: int, codes: int) -> int:
+    """The token of a phoneme (as in the prompt) that lasts `codes` codes."""
+    return TOKENIZER.get_vocab()[f"{TOKENIZER.convert_ids_to_tokens(phoneme)}:{codes}"]
+
+
+def allowed(said: list[int], text: str = "ab") -> set[int]:
     ids = torch.tensor([TOKENIZER(text)["input_ids"] + said])
-    scores = Interleaved(LAYOUT, longest, pace)(ids, torch.zeros(1, LAYOUT.size))
+    scores = Interleaved(LAYOUT)(ids, torch.zeros(1, LAYOUT.size))
     return set(scores[0].isfinite().nonzero()[:, 0].tolist())
 
 
-def test_phonemes_are_said_in_order_each_followed_by_codes() -> None:
+def lasting(phoneme: int) -> set[int]:
+    return {spoken(phoneme, d) for d in (1, 2, 3)}
+
+
+def test_phonemes_are_said_in_order_each_followed_by_its_codes() -> None:
     codes = set(range(4))
     assert TOKENIZER("ab")["input_ids"] == [LAYOUT.start, EDGE, A, B, EDGE, LAYOUT.speak]
-    assert allowed([]) == {EDGE}
-    assert allowed([EDGE]) == codes
-    assert allowed([EDGE, 0]) == codes | {A}
-    assert allowed([EDGE, 0, A, 1, 2]) == codes | {B}
-    assert allowed([EDGE, 0, A, 1, 2, 3]) == {B}, "three codes are the most here"
-    assert allowed([EDGE, 0, A, 1, B, 1, EDGE]) == codes
-    assert allowed([EDGE, 0, A, 1, B, 1, EDGE, 3]) == codes | {LAYOUT.end}
+    assert allowed([]) == lasting(EDGE)
+    said = [spoken(EDGE, 1)]
+    assert allowed(said) == codes
+    assert allowed([*said, 0]) == lasting(A)
+    said += [0, spoken(A, 3)]
+    for _ in range(3):
+        assert allowed(said) == codes
+        said.append(2)
+    assert allowed(said) == lasting(B)
+    assert allowed([*said, spoken(B, 1), 1, spoken(EDGE, 2), 3]) == codes
+    assert allowed([*said, spoken(B, 1), 1, spoken(EDGE, 2), 3, 0]) == {LAYOUT.end}
 
 
-def test_speech_that_runs_on_is_hurried() -> None:
-    said = [EDGE, 0, 1, A, 0, 1]
-    assert allowed(said, pace=2) == {0, 1, 2, 3, B}
-    assert allowed(said, pace=1) == {B}, "four phonemes, four codes: from now on one each"
-    assert allowed([*said, B], pace=1) == {0, 1, 2, 3} and allowed([*said, B, 0], pace=1) == {EDGE}
+def test_the_layout_is_read_off_the_tokenizer() -> None:
+    assert (LAYOUT.codes, LAYOUT.phonemes, LAYOUT.durations, LAYOUT.size) == (4, 5, 3, len(TOKENIZER))
+    tokens = torch.tensor([spoken(p, d) for p in (EDGE, C) for d in (1, 2, 3)])
+    assert LAYOUT.duration(tokens).tolist() == [1, 2, 3, 1, 2, 3]
 
 
 class PrefixByPrefix(LogitsProcessor):
@@ -58,8 +70,9 @@ def ragged() -> Sequences:
     """Three rows that are in different places of texts of different lengths."""
     inputs = TOKENIZER(["ab", "abcab", "c"], padding=True, return_tensors="pt")
     sequences = Sequences(inputs["input_ids"], 12, mask=inputs["attention_mask"])
-    drafts = torch.tensor([[EDGE, 0, A, 1], [EDGE, 2, 0, 0], [EDGE, 2, 0, 0]])
-    verdict = Verdict(torch.tensor([4, 2, 0]), torch.tensor([3, A, EDGE]))
+    edge, a = spoken(EDGE, 1), spoken(A, 3)
+    drafts = torch.tensor([[edge, 0, a, 1], [edge, 2, 0, 0], [edge, 2, 0, 0]])
+    verdict = Verdict(torch.tensor([4, 2, 0]), torch.tensor([3, spoken(A, 2), spoken(EDGE, 3)]))
     sequences.commit(drafts, verdict, torch.zeros(3, 5))
     return sequences
 
@@ -67,7 +80,7 @@ def ragged() -> Sequences:
 def legal_drafts(sequences: Sequences, length: int, generator: torch.Generator) -> Tensor:
     """Drafts drawn among what the rule allows, prefix by prefix."""
     drafts = sequences.tail(1)[:, :0]
-    processing = Processing([PrefixByPrefix(Interleaved(LAYOUT, 3, 1))])
+    processing = Processing([PrefixByPrefix(Interleaved(LAYOUT))])
     for step in range(length):
         noise = torch.randn(3, 1, LAYOUT.size, generator=generator)
         drafts = torch.cat([drafts, processing.scores(noise, sequences, drafts, first=step).argmax(-1)], dim=1)
@@ -78,7 +91,7 @@ def legal_drafts(sequences: Sequences, length: int, generator: torch.Generator) 
 def test_a_chain_of_drafts_is_judged_as_prefix_by_prefix(seed: int) -> None:
     generator, sequences = torch.Generator().manual_seed(seed), ragged()
     logits, drafts = torch.randn(3, 6, LAYOUT.size, generator=generator), legal_drafts(sequences, 5, generator)
-    fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT, 3, 1), PrefixByPrefix(Interleaved(LAYOUT, 3, 1))))
+    fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT), PrefixByPrefix(Interleaved(LAYOUT))))
     assert torch.equal(fast.scores(logits, sequences, drafts), slow.scores(logits, sequences, drafts))
     for first in range(5):
         part = fast.scores(logits[:, first : first + 1], sequences, drafts[:, :first], first=first)
@@ -96,11 +109,20 @@ def test_a_tree_of_drafts_is_judged_as_prefix_by_prefix(seed: int) -> None:
         if parents.dim() == 2:  # its second row hangs one chain under the other's first node
             drafts = drafts.clone()
             drafts[1, 0] = drafts[1, 3]
-        fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT, 3, 1), PrefixByPrefix(Interleaved(LAYOUT, 3, 1))))
+        fast, slow = (Processing([p]) for p in (Interleaved(LAYOUT), PrefixByPrefix(Interleaved(LAYOUT))))
         tree = Tree(parents)
         assert torch.equal(fast.scores(logits, sequences, drafts, tree), slow.scores(logits, sequences, drafts, tree))
         level = fast.scores(logits[:, 4:], sequences, drafts, tree, first=4)
         assert torch.equal(level, slow.scores(logits, sequences, drafts, tree)[:, 4:])
+
+
+def test_a_processor_that_has_seen_one_round_follows_the_next() -> None:
+    form, sequences = Interleaved(LAYOUT), ragged()
+    logits, none = torch.zeros(3, 1, LAYOUT.size), sequences.tail(1)[:, :0]
+    Processing([form]).scores(logits, sequences, none)
+    sequences.commit(none, Verdict(torch.zeros(3, dtype=torch.long), torch.tensor([1, 2, 3])), torch.zeros(3, 1))
+    fresh = Processing([Interleaved(LAYOUT)])
+    assert torch.equal(Processing([form]).scores(logits, sequences, none), fresh.scores(logits, sequences, none))
 
 
 def test_other_tokenizers_are_refused() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import polyspec
 from polyspec.cli import main
 from polyspec.modalities.speech.evaluate import own_tokens, word_error_rate
-from polyspec.modalities.speech.quality import dnsmos
+from polyspec.modalities.speech.quality import dnsmos, speaker_similarity
 from polyspec.modalities.speech.target import CodecFormat
 from polyspec.outputs import Audio
 
@@ -73,9 +73,11 @@ def test_what_is_sampled_keeps_to_the_form() -> None:
         layout = p.speech.layout
         (said,) = tokens(p, TEXTS[:1], [0], do_sample=True, temperature=1.5)
         (prompt,) = p.speech.pieces(TEXTS[0])
-        spoken = [t for t in said if t >= layout.first_phoneme]
-        expected = p.speech.tokenizer(prompt)["input_ids"][1:-1]
-        assert spoken == expected[: len(spoken)]
+        spoken = [(t - layout.first_spoken) // layout.durations for t in said if t >= layout.first_spoken]
+        expected = [t - layout.first_phoneme for t in p.speech.tokenizer(prompt)["input_ids"][1:-1]]
+        assert spoken == expected and said[-1] == layout.end
+        lasting = sum((t - layout.first_spoken) % layout.durations + 1 for t in said if t >= layout.first_spoken)
+        assert sum(t < layout.codes for t in said) == lasting
 
 
 def joined(stream: Any) -> Tensor:
@@ -84,7 +86,7 @@ def joined(stream: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["autoregressive", "gumbel_coupled"])
 def test_chunks_of_a_stream_are_the_whole(name: str) -> None:
-    p, text = pipe(name), "A cat. It is."
+    p, text = pipe(name), "Good morning, a good cat is thinking. It is."
     knobs: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
     result = p(text, seed=5, **knobs)
     stream = p.stream(text, seed=5, **knobs)
@@ -196,7 +198,7 @@ def test_a_llama_with_a_codec_of_transformers_says_what_generate_says(make: Any,
 
 def test_codes_that_do_not_fit_the_model_are_refused() -> None:
     model, tokenizer, _ = tiny.tiny_speech()
-    for form in (CodecFormat(50, 8, 3, end=29), CodecFormat(30, 9, 3, end=29)):
+    for form in (CodecFormat(model.config.vocab_size - 23, 8, 3, end=29), CodecFormat(30, 9, 3, end=29)):
         with pytest.raises(polyspec.CheckpointError, match="CodecFormat"):
             polyspec.pipeline("speech", target=(model, tokenizer, tiny.tiny_mimi(), form))
 
@@ -204,6 +206,7 @@ def test_codes_that_do_not_fit_the_model_are_refused() -> None:
 def test_words_left_out_added_and_wrong_are_counted() -> None:
     assert word_error_rate(["The cat sat.", "on a mat"], ["the cat sat", "on mat now"]) == pytest.approx(2 / 6)
     assert word_error_rate(["one two"], [""]) == 1.0
+    assert word_error_rate(["It's ten o’clock, Mr. Bear!"], ["it is 10 o'clock mister bear"]) == 0
 
 
 def test_ratings_are_of_the_sound_at_the_model_s_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +223,21 @@ def test_ratings_are_of_the_sound_at_the_model_s_rate(monkeypatch: pytest.Monkey
     assert asked == [(8_000, 16_000), (16_000, 16_000)]
     monkeypatch.setitem(sys.modules, "speechmos", None)
     assert dnsmos([Audio(torch.zeros(1, 16_000), 16_000)]) is None
+
+
+def test_voices_are_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    class VoiceEncoder:
+        def __init__(self, device: str, verbose: bool):
+            pass
+
+        def embed_utterance(self, wave: Any) -> Any:
+            assert len(wave) == 16_000
+            return torch.tensor([float(wave.mean()), 1.0]).numpy()
+
+    package = ModuleType("resemblyzer")
+    package.VoiceEncoder = VoiceEncoder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "resemblyzer", package)
+    low, high = Audio(torch.zeros(1, 16_000), 16_000), Audio(torch.ones(1, 16_000), 16_000)
+    assert speaker_similarity([low, high], [low, low]) == pytest.approx((1 + 0.5**0.5) / 2)
+    monkeypatch.setitem(sys.modules, "resemblyzer", None)
+    assert speaker_similarity([low], [low]) is None

@@ -17,7 +17,7 @@ from polyspec.modalities.speech.phonemes import Interleaved, Layout, new_tokeniz
 from polyspec.modalities.speech.train import DataConfig, LMConfig
 from polyspec.modalities.speech.train.codec import Aligned, Crops
 from polyspec.modalities.speech.train.data import read_sentences
-from polyspec.modalities.speech.train.language_model import Collate, row_of
+from polyspec.modalities.speech.train.language_model import Collate, new_model, row_of
 from polyspec.training import Schedule
 
 LAYOUT = Layout.of(TOKENIZER := new_tokenizer(8, "abc"))
@@ -47,14 +47,24 @@ def test_a_row_begins_as_the_tokenizer_has_it_and_keeps_to_the_form() -> None:
     assert len(rows) == 2
     tokens, prompt = row_of(rows[0], LAYOUT)
     assert tokens[:prompt].tolist() == TOKENIZER("ab")["input_ids"]
-    edge = LAYOUT.first_phoneme
-    said = [edge, 0, 1, edge + 1, 2, edge + 2, 3, 4, 5, edge, 6, LAYOUT.end]
+    edge, a, b, last = TOKENIZER.convert_tokens_to_ids(["#:2", "a:1", "b:3", "#:1"])
+    said = [edge, 0, 1, a, 2, b, 3, 4, 5, last, 6, LAYOUT.end]
     assert tokens[prompt:].tolist() == said
     form = Interleaved(LAYOUT)
     for row in range(2):
         tokens, prompt = row_of(rows[row], LAYOUT)
         for at in range(prompt, len(tokens)):
             assert form(tokens[None, :at], torch.zeros(1, LAYOUT.size))[0, tokens[at]] == 0
+
+
+def test_a_spoken_phoneme_begins_as_the_text_s_own() -> None:
+    model = new_model(LMConfig(hidden_size=64, layers=1), LAYOUT)
+    table = model.get_input_embeddings().weight.detach()
+    text = torch.nn.functional.normalize(table[LAYOUT.first_phoneme : LAYOUT.first_spoken], dim=1)
+    spoken = torch.nn.functional.normalize(table[LAYOUT.first_spoken :], dim=1).view(LAYOUT.phonemes, LAYOUT.durations, -1)
+    likest = torch.einsum("pdh,qh->pdq", spoken, text).argmax(-1)
+    assert (likest == torch.arange(LAYOUT.phonemes)[:, None]).all()
+    assert (spoken[:, 0] - spoken[:, 1]).norm(dim=1).min() > 0.1
 
 
 def test_contexts_are_corrupted_in_codes_only_and_labels_are_not() -> None:

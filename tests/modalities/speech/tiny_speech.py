@@ -24,7 +24,7 @@ def tiny_codec(codes: int = CODES, phonemes: int = len(ALPHABET) + 1) -> SpeechC
 @cache
 def tiny_speech() -> tuple[PreTrainedModel, Any, SpeechCodec]:
     """(model, tokenizer, codec) as the pipeline takes them."""
-    tokenizer = new_tokenizer(CODES, "".join(dict.fromkeys(ALPHABET)))
+    tokenizer = new_tokenizer(CODES, "".join(dict.fromkeys(ALPHABET)), durations=4)
     model = build("llama", vocab=len(tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer, tiny_codec(phonemes=len(dict.fromkeys(ALPHABET)) + 1)
