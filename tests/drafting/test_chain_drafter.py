@@ -1,4 +1,4 @@
-"""What drafts a chain is told from what was handed over: a model, heads, or the folder of either."""
+"""What drafts a chain, or a block for a tree, is told from what was handed over: a model, heads, or the folder of either."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 from tiny_models import target
 
 import polyspec
+from polyspec.drafting.block_heads import BlockHeads
 from polyspec.drafting.chain_drafter import chain_drafter
 from polyspec.drafting.dflash import DFlash, DFlashModel
 from polyspec.drafting.draft_model import DraftModel
 from polyspec.drafting.eagle import Eagle, EagleModel
-from polyspec.drafting.medusa import MedusaModel
+from polyspec.drafting.medusa import Medusa, MedusaModel
 from polyspec.pipelines import shipped_drafter
 from polyspec.recipe import find_recipe
 
@@ -30,6 +31,15 @@ def test_other_heads_are_refused(tmp_path: Path) -> None:
     MedusaModel.for_target(target("llama")).save_pretrained(tmp_path)
     with pytest.raises(polyspec.ConfigError, match="not by 'polyspec_medusa' heads"):
         polyspec.custom_generate("speculative_sampling", draft_model=tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "drafter"), [(DFlashModel, DFlash), (MedusaModel, Medusa)])
+def test_a_tree_of_blocks_takes_either_kind_of_heads(kind: Any, drafter: type, tmp_path: Path) -> None:
+    heads = kind.for_target(target("llama"))
+    heads.save_pretrained(tmp_path)
+    assert type(BlockHeads(heads)) is type(BlockHeads(tmp_path)) is drafter
+    with pytest.raises(polyspec.ConfigError, match="not by 'polyspec_eagle' heads"):
+        BlockHeads(EagleModel.for_target(target("llama")))
 
 
 def test_samples_without_a_draft_model_take_their_block_drafter() -> None:

@@ -10,12 +10,14 @@ from recipe_needs import overrides
 from statistical.test_enumeration import BATCH, FEWER, LENGTH, NOISE, PROMPTS, THRESHOLD, VOCAB, made, model, p_value
 from torch import Tensor
 
+import polyspec
 from polyspec import recipe as recipes
 from polyspec import verification as v
 from polyspec.api import decode, make_draws
 from polyspec.decoding.chain import Chain
 from polyspec.decoding.sequences import Sequences
 from polyspec.distributions import Processing
+from polyspec.drafting.dflash import DFlashModel
 from polyspec.modalities.speech.target import SpeechTarget
 from polyspec.verification import TokenGroups, Verdict
 
@@ -26,6 +28,12 @@ RELAXED = {"vadusa": {"tolerance": 4}, "speech_mtp": {"threshold": 0.1}, "ssd": 
 @pytest.mark.parametrize("name", EXACT_KNOBS)
 def test_without_its_tolerance_a_recipe_is_exact(name: str) -> None:
     assert p_value(made(name, **EXACT_KNOBS[name]), "sampled", FEWER // 2) > THRESHOLD
+
+
+def test_a_tolerant_tree_of_a_block_drafter_is_exact_without_its_tolerance() -> None:
+    heads = DFlashModel.for_target(model())
+    fast = polyspec.custom_generate("vadusa", heads=heads, tolerance=1, nodes=6, length=3)
+    assert p_value(fast, "sampled", FEWER // 2) > THRESHOLD
 
 
 @pytest.mark.parametrize("name", RELAXED)
