@@ -73,9 +73,9 @@ def relaxed_topk(
     residual = (p - q).clamp(min=0).log() + noise
     value = log_p if best else torch.where(residual > -torch.inf, residual, log_p + noise - TIER)
     value = torch.where(kept, (log_p if best else noise) + TIER, value)
-    best = value.topk(min(most, value.shape[1]), dim=1)
-    ranks = torch.arange(best.indices.shape[1], device=counts.device)
-    chosen = torch.where((ranks < counts[:, None]) & (best.values > -torch.inf), best.indices, -1)
+    top = value.topk(min(most, value.shape[1]), dim=1)
+    ranks = torch.arange(top.indices.shape[1], device=counts.device)
+    chosen = torch.where((ranks < counts[:, None]) & (top.values > -torch.inf), top.indices, -1)
     found = among(functional.pad(chosen, (0, most - chosen.shape[1]), value=-1), draft_tokens, p.shape[1])
     wanted = torch.minimum(counts, there.sum(1))
     return TopK(found.chosen, found.source, (kept.sum(1) >= wanted) & (wanted > 0))

@@ -61,7 +61,8 @@ def new_model(config: LMConfig, layout: Layout, seed: int = 0) -> LlamaForCausal
 def share_phonemes(model: LlamaForCausalLM, layout: Layout) -> None:
     """Let a spoken phoneme begin as the text's own, and a vector of its duration: to find where the voice is in the text is
     to look for what has just been spoken, which a model hardly learns where the two are strangers."""
-    table = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings()
+    table: Tensor = embedding.weight
     text = table[layout.first_phoneme : layout.first_spoken]
     lasting = 0.3 * text.std() * torch.randn(layout.durations, table.shape[1])
     table[layout.first_spoken :] = (text[:, None] + lasting).flatten(0, 1)
