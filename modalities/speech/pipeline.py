@@ -23,7 +23,7 @@ from polyspec.modalities.speech.target import SpeechModel, load_model, make_spee
 from polyspec.outputs import Audio, Result
 from polyspec.recipe import find_recipe
 
-PLAIN, WITH_HEADS = "autoregressive", "dflash"
+PLAIN, WITH_HEADS = "autoregressive", "ddtree"
 RATES = (8_000, 192_000)
 
 
