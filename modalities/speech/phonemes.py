@@ -159,9 +159,10 @@ class Interleaved(LogitsProcessor):
         self, scores: Tensor, sequences: Sequences, drafts: Tensor, tree: Tree | None, first: int
     ) -> Tensor:
         """The same for scores `[B, T, V]` behind drafts, as `Processing.scores` takes them."""
-        if self.followed is None or self.followed.sequences is not sequences:
-            self.followed = Followed(self.layout, sequences)
-        at = self.followed.state()
+        followed = self.followed
+        if followed is None or followed.sequences is not sequences:  # another run, of another thread perhaps
+            followed = self.followed = Followed(self.layout, sequences)
+        at = followed.state()
         width, count = scores.shape[1], drafts.shape[1]
         if tree is None:
             own = torch.arange(first, first + width, device=drafts.device)

@@ -123,6 +123,12 @@ def test_a_processor_that_has_seen_one_round_follows_the_next() -> None:
     sequences.commit(none, Verdict(torch.zeros(3, dtype=torch.long), torch.tensor([1, 2, 3])), torch.zeros(3, 1))
     fresh = Processing([Interleaved(LAYOUT)])
     assert torch.equal(Processing([form]).scores(logits, sequences, none), fresh.scores(logits, sequences, none))
+    other = ragged()  # one voice may read several texts by turns
+    assert torch.equal(
+        Processing([form]).scores(logits, other, none),
+        Processing([Interleaved(LAYOUT)]).scores(logits, other, none),
+    )
+    assert torch.equal(Processing([form]).scores(logits, sequences, none), fresh.scores(logits, sequences, none))
 
 
 def test_other_tokenizers_are_refused() -> None:
