@@ -156,9 +156,9 @@ def call_costs(context: Context, most: int) -> dict[int, float]:
     """What forwards of 1, 2, 3, 5, 9, … tokens (steps, where the target has such) cost, up to `most`, behind the present
     cache, in forwards of one token.
 
-    Interleaved passes, of which the fastest counts, three or as many as `MEASURING` seconds allow; measured once a model and
-    process. Sizes beyond one that costs more than `ENOUGH` are taken from the line through the last two. Ratios, because a
-    machine's speed drifts more than they do.
+    Interleaved passes, of which the fastest counts, three or as many as `MEASURING` seconds allow, and no number of tokens
+    costs more than a larger one; measured once a model and process. Sizes beyond one that costs more than `ENOUGH` are taken
+    from the line through the last two. Ratios, because a machine's speed drifts more than they do.
     """
     target = context.target
     key = (str(target.model.dtype), str(target.device), len(target.cache_lengths))
@@ -182,6 +182,9 @@ def call_costs(context: Context, most: int) -> dict[int, float]:
             if size > 1 and seconds[size] > ENOUGH * seconds[1]:
                 sizes = [n for n in sizes if n <= size]
                 break
+    fastest = float("inf")
+    for size in sorted(seconds, reverse=True):  # noise only adds: fewer tokens never take longer than more do
+        fastest = seconds[size] = min(seconds[size], fastest)
     known.update({n: s / seconds[1] for n, s in seconds.items()})
     known.update({n: along_line(known, n) for n in SIZES if n < 2 * most and n not in known})
     return known

@@ -75,7 +75,7 @@ class HeadBeams(LevelBeams):
         super().begin(context)
         target = context.target
         self.model.to(device=target.device, dtype=target.model.dtype)
-        self.layers, self.logits = TokenLayers(target, self.model.vocab_map), None
+        self.layers, self.logits = TokenLayers(target, self.model.vocab_map, self.model.config.even_embeddings), None
 
     def observe(self, hidden: tuple[Tensor, ...]) -> None:
         if self.logits is not None:

@@ -35,6 +35,7 @@ class HeadConfig(LlamaConfig):
     target_num_layers: int = 0
     target_vocab_size: int = 0
     target_layers: list[int] | None = None  # indices into transformers' hidden_states
+    even_embeddings: bool = False  # the head reads every token's embedding over its root mean square
 
     @property
     def trimmed(self) -> bool:
@@ -71,6 +72,8 @@ class HeadModel(PreTrainedModel):
             "target_vocab_size": target.vocab_size,
             "vocab_size": target.vocab_size if vocabulary is None else len(vocabulary),
         }
+        # embeddings are often a tenth of the hidden states they stand beside, and are learnt from as much more slowly
+        known["even_embeddings"] = sizes.pop("even_embeddings", True)
         config = cls.config_class(**{**cls.default_sizes(target, sizes), **known})
         if config.hidden_size % config.num_attention_heads:
             raise ConfigError(f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}")
@@ -165,9 +168,11 @@ def kind_of(heads: Any) -> str:
 
 
 class TokenLayers:
-    """The target's embedding and output layer as a head uses them, in the head's dtype and vocabulary."""
+    """The target's embedding and output layer as a head uses them, in the head's dtype and vocabulary.
 
-    def __init__(self, target: Target, vocab_map: Tensor | None):
+    even: embeddings are divided by their root mean square."""
+
+    def __init__(self, target: Target, vocab_map: Tensor | None, even: bool = False):
         # a target whose drafted tokens are not its input tokens (image codes, say) brings its own layers
         self.embedding = getattr(target, "embed", None) or target.model.get_input_embeddings()
         output = getattr(target, "output_layer", None) or target.model.get_output_embeddings()
@@ -175,13 +180,15 @@ class TokenLayers:
             raise UnsupportedModelError(f"{type(target.model).__name__} has no output layer that heads could share")
         self.output: Any = output
         self.vocab_map, self.vocab_size, self.dtype = vocab_map, target.vocab_size, target.model.dtype
+        self.even = even
         self.rows: Frozen | None = None
         if vocab_map is not None and isinstance(output, nn.Linear):
             self.rows = derived(output, "rows", lambda: Frozen(rows_of(output, vocab_map)), vocab_map)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[..]` target ids to `[.., d]`."""
-        return self.embedding(tokens)
+        embedded = self.embedding(tokens)
+        return functional.rms_norm(embedded, embedded.shape[-1:]) if self.even else embedded
 
     def logits(self, hidden: Tensor, of: Tensor | None = None) -> Tensor:
         """Hidden states `[.., d]` to logits `[.., V_d]` over the head's vocabulary, or over the target's ids `of [n]`."""
@@ -235,7 +242,7 @@ class HeadDrafter(Generic[M]):
         self.context, self.target, self.sequences = context, target, context.sequences
         ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (self.model, target.model))
         context.stats.draft_ratio = ours / theirs
-        self.layers = TokenLayers(target, self.model.vocab_map)
+        self.layers = TokenLayers(target, self.model.vocab_map, self.model.config.even_embeddings)
         self.waiting: list[tuple[Tensor, ...]] = []
         self.prompt: tuple[tuple[Tensor, ...], list[int]] | None = None
 

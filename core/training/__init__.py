@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from polyspec.errors import CheckpointError, InputError
 from polyspec.pipelines import part_of
@@ -108,16 +108,19 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
     return found
 
 
-def begin_from(folder: str | Path, model: nn.Module) -> None:
+def begin_from(folder: str | Path, model: PreTrainedModel) -> None:
     """Give `model` the weights of a checkpoint of the same kind and sizes; CheckpointError if it is another or damaged."""
     file = Path(folder) / SAFE_WEIGHTS_NAME
     try:
         load_model(model, str(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        stored = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(
             f"cannot start from {file} ({reason}); give a folder with heads of the kind and sizes that are to be trained"
         ) from error
+    if hasattr(model.config, "even_embeddings"):  # what the weights were trained to read
+        model.config.even_embeddings = stored.get("even_embeddings", False)
 
 
 def make_folder(folder: Path) -> None:

@@ -191,7 +191,8 @@ def train_head(
     low = target.model.dtype
 
     def begin(model: PreTrainedModel) -> Callable[..., dict[str, Tensor]]:
-        layers = TokenLayers(target, getattr(model, "vocab_map", None))
+        even = getattr(model.config, "even_embeddings", False)
+        layers = TokenLayers(target, getattr(model, "vocab_map", None), even)
 
         def losses(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
             batch["hidden"] = tuple(h.to(layers.dtype) for h in batch["hidden"])

@@ -21,7 +21,7 @@ from polyspec.modalities.image.target import adapter, make_image_target, model_c
 from polyspec.outputs import Result
 from polyspec.recipe import find_recipe
 
-DEFAULT_RECIPE = "gumbel_jacobi"
+DEFAULT_RECIPE, DRAFTED = "gumbel_jacobi", "gumbel_coupled"  # the latter where a drafter is given or shipped
 LATENT = "polyspec_latent_image"  # the model_type of models with a diffusion head
 
 
@@ -51,7 +51,8 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
     ):
         sample = NAME if pipelines.is_from(target, sample_path()) else None
-        self.method = pipelines.choose("image", recipe, DEFAULT_RECIPE, overrides, sample)
+        drafter = (overrides or {}).get("draft_model") or pipelines.shipped_drafter(sample, find_recipe(DRAFTED), "draft_model")
+        self.method = pipelines.choose("image", recipe, DRAFTED if drafter else DEFAULT_RECIPE, overrides, sample)
         if isinstance(self.method.loop, Continuous):
             raise ConfigError(
                 f"recipe {self.method.recipe.name!r} is for continuous tokens, and this target's are discrete; give target=, a "

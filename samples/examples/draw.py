@@ -2,7 +2,7 @@
 
 import polyspec
 
-fast = polyspec.pipeline("image", recipe="gumbel_jacobi")
+fast = polyspec.pipeline("image")
 plain = polyspec.pipeline("image", target=fast.loaded, recipe="autoregressive")
 prompts = ["red heart", "rainbow", "rocket"]
 ours, theirs = fast(prompts, seed=0), plain(prompts, seed=0)

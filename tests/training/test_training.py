@@ -307,6 +307,11 @@ def test_the_whole_way_from_a_configuration(tmp_path: Path) -> None:
     train({**settings, "output": str(tmp_path / "more"), "start": str(tmp_path / "heads"), "schedule": steps})
     for a, b in zip(heads.parameters(), MedusaModel.from_pretrained(tmp_path / "more").parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert heads.config.even_embeddings
+    heads.config.even_embeddings = False  # as heads trained before there was a choice
+    heads.save_pretrained(tmp_path / "older")
+    train({**settings, "output": str(tmp_path / "newer"), "start": str(tmp_path / "older"), "schedule": steps})
+    assert not MedusaModel.from_pretrained(tmp_path / "newer").config.even_embeddings
     with pytest.raises(polyspec.CheckpointError, match="cannot start from"):
         train({**settings, "output": str(tmp_path / "wider"), "start": str(tmp_path / "heads"), "vocabulary": 12})
     with pytest.raises(polyspec.ConfigError, match="modality"):

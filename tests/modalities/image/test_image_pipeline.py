@@ -12,6 +12,7 @@ from PIL import Image, ImageChops
 from recipe_needs import discrete_recipes
 
 import polyspec
+from polyspec.drafting.dflash import DFlashModel
 from polyspec.modalities.image.target import make_image_target, to_images
 
 _spec = importlib.util.spec_from_file_location("tiny_janus", Path(__file__).with_name("tiny_janus.py"))
@@ -74,6 +75,17 @@ def test_shared_noise_draws_the_plain_loops_picture(recipe: str) -> None:
     plain = polyspec.pipeline("image", target=tiny_janus(), recipe="autoregressive")(PROMPTS, seed=5, **knobs)
     fast = polyspec.pipeline("image", target=tiny_janus(), recipe=recipe)(PROMPTS, seed=5, **knobs)
     assert same(plain.outputs, fast.outputs)
+
+
+def test_the_default_draws_the_plain_loops_picture_with_a_drafter_and_without() -> None:
+    heads = DFlashModel.for_target(make_image_target(tiny_janus()[0], 1.0))
+    knobs = {"do_sample": True, "temperature": 1.3, "guidance_scale": 2.0}
+    plain = polyspec.pipeline("image", target=tiny_janus(), recipe="autoregressive")(PROMPTS, seed=5, **knobs)
+    for overrides, name in (({}, "gumbel_jacobi"), ({"draft_model": heads}, "gumbel_coupled")):
+        pipe = polyspec.pipeline("image", target=tiny_janus(), overrides=overrides)
+        assert pipe.method.recipe.name == name
+        assert same(plain.outputs, pipe(PROMPTS, seed=5, **knobs).outputs)
+    assert polyspec.pipeline("image").method.recipe.name == "gumbel_coupled"  # the sample's drafter is shipped
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -38,10 +38,11 @@ def pictures(recipe: str, batch: int, **knobs: Any) -> list[bytes]:
     return found
 
 
+@pytest.mark.parametrize("recipe", ["gumbel_jacobi", "gumbel_coupled"])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_gumbel_jacobi_draws_the_plain_loop_s_64_pictures_under_guidance(batch: int) -> None:
+def test_shared_noise_draws_the_plain_loop_s_64_pictures_under_guidance(recipe: str, batch: int) -> None:
     knobs = {"do_sample": True, "temperature": 1.0, "guidance_scale": 2.0}
-    assert pictures("gumbel_jacobi", batch, **knobs) == pictures("autoregressive", 8, **knobs)
+    assert pictures(recipe, batch, **knobs) == pictures("autoregressive", 8, **knobs)
 
 
 @pytest.mark.parametrize("rule", [partial(lantern, delta=0.1, k=100), partial(lantern_pp, lam=5.0, k=10)])
