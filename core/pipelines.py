@@ -95,8 +95,9 @@ def shipped_drafter(sample: str | None, recipe: Recipe, need: str) -> Path | Non
 
     drafter = recipe.config.drafter
     made_by: Any = get_object(drafter.get("inner", drafter)._target_)
-    kind = made_by.kind.config_class.model_type.removeprefix("polyspec_") if need == "heads" else need
-    kinds = getattr(made_by, "shipped", (kind,))
+    kinds = getattr(made_by, "shipped", None)
+    if kinds is None:
+        kinds = (made_by.kind.config_class.model_type.removeprefix("polyspec_") if need == "heads" else need,)
     folders = [shipped("drafters") / sample / kind for kind in kinds] if sample else []
     return next((folder for folder in folders if (folder / "config.json").exists()), None)
 

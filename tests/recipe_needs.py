@@ -12,12 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import get_class
+from hydra.utils import get_object
 from tiny_models import noisy_copy
 from transformers import PreTrainedModel
 
 import polyspec
+from polyspec.drafting.dflash import DFlashModel
+from polyspec.drafting.eagle import EagleModel
+from polyspec.drafting.heads import HeadModel
+from polyspec.drafting.medusa import MedusaModel
 from polyspec.recipe import Recipe
+
+HEADS: dict[str, type[HeadModel]] = {"dflash": DFlashModel, "eagle": EagleModel, "medusa": MedusaModel}
 
 
 @cache
@@ -37,8 +43,19 @@ def texts(model: PreTrainedModel) -> list[list[int]]:
 
 @cache
 def heads(drafter: str, model: PreTrainedModel) -> Any:
-    """Untrained heads of the kind that the drafter class takes."""
-    return get_class(drafter).kind.for_target(model)  # type: ignore[attr-defined]
+    """Untrained heads of a kind that the drafter takes."""
+    return head_class(drafter).for_target(model)
+
+
+def head_class(drafter: str) -> type[HeadModel]:
+    """The class of heads that the drafter of this import path takes; of several the one a sample would take last."""
+    made_by: Any = get_object(drafter)
+    return HEADS[made_by.shipped[-1]] if hasattr(made_by, "shipped") else made_by.kind
+
+
+def head_class_of(recipe: Recipe) -> type[HeadModel]:
+    """The same, of a recipe."""
+    return head_class(recipe.config.drafter.get("inner", recipe.config.drafter)._target_)
 
 
 NEEDS: dict[str, Callable[[Recipe, PreTrainedModel, float], Any]] = {

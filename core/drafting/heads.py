@@ -9,6 +9,7 @@ other token has q = 0, which any exact rule corrects for.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -320,3 +321,15 @@ class HeadDrafter(Generic[M]):
             tokens = torch.cat([tokens, token], dim=1)
             probs.append(q)
         return Draft(tokens, None if probs[0] is None else torch.cat(probs, dim=1))
+
+
+def drafter_for(
+    heads: HeadModel | str | PathLike[str], drafters: Sequence[type[HeadDrafter[Any]]], wanted: str
+) -> HeadDrafter[Any]:
+    """The one of `drafters` that is for `heads`, a model or its folder. ConfigError for heads of another kind, which begins
+    with `wanted`."""
+    found = kind_of(heads)
+    for drafter in drafters:
+        if drafter.kind.config_class.model_type == found:
+            return drafter(heads)
+    raise ConfigError(f"{wanted}, not by {found!r} heads")

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import target
 
 import polyspec
-from polyspec.drafting.block_heads import BlockHeads
+from polyspec.drafting.block_heads import block_heads
 from polyspec.drafting.chain_drafter import chain_drafter
 from polyspec.drafting.dflash import DFlash, DFlashModel
 from polyspec.drafting.draft_model import DraftModel
@@ -37,9 +37,9 @@ def test_other_heads_are_refused(tmp_path: Path) -> None:
 def test_a_tree_of_blocks_takes_either_kind_of_heads(kind: Any, drafter: type, tmp_path: Path) -> None:
     heads = kind.for_target(target("llama"))
     heads.save_pretrained(tmp_path)
-    assert type(BlockHeads(heads)) is type(BlockHeads(tmp_path)) is drafter
+    assert type(block_heads(heads)) is type(block_heads(tmp_path)) is drafter
     with pytest.raises(polyspec.ConfigError, match="not by 'polyspec_eagle' heads"):
-        BlockHeads(EagleModel.for_target(target("llama")))
+        block_heads(EagleModel.for_target(target("llama")))
 
 
 def test_samples_without_a_draft_model_take_their_block_drafter() -> None:

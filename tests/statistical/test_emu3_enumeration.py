@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gtest import g_test
-from hydra.utils import get_class
-from recipe_needs import discrete_recipes
+from recipe_needs import discrete_recipes, head_class_of
 from tiny_emu3 import CODES, EOF, EOI, EOL, EOS, tiny_emu3
 from torch import Tensor
 
@@ -71,8 +70,7 @@ def fits(recipe: str, monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> float:
     chosen = next(r for r in polyspec.recipes("image") if r.name == recipe)
     overrides = {k: v for k, v in SMALL.items() if k in chosen.knobs}
     if recipe in HEADS or knobs.get("init") == "drafter":
-        kind = get_class(chosen.config.drafter.get("inner", chosen.config.drafter)._target_).kind
-        overrides["heads"] = kind.for_target(make_image_target(tiny_emu3()[0], 1.0))
+        overrides["heads"] = head_class_of(chosen).for_target(make_image_target(tiny_emu3()[0], 1.0))
     overrides |= {k: knobs.pop(k) for k in ("init",) if k in knobs}
     pipe = polyspec.pipeline("image", target=tiny_emu3(), recipe=recipe, overrides=overrides)
     sampling = {"size": SIZE, "do_sample": True, "temperature": TEMPERATURE, "top_k": TOP, "guidance_scale": SCALE}

@@ -195,8 +195,10 @@ def test_sampled_sequences_have_the_guided_distribution_in_every_loop(recipe: Re
 
 
 @by_name([r for r in EXACT if "init" in r.knobs and r.config.draws == "independent"])
-def test_sampled_sequences_have_the_models_distribution_where_windows_start_from_a_drafter(recipe: Recipe) -> None:
-    fast = made(recipe, init="drafter")
+@pytest.mark.parametrize("kind", [DFlashModel, pytest.param(EagleModel, marks=pytest.mark.slow)])
+def test_sampled_sequences_have_the_models_distribution_where_windows_start_from_a_drafter(recipe: Recipe, kind: Any) -> None:
+    chosen = overrides(recipe, model(), NOISE, **{**SMALL, "init": "drafter"})
+    fast = polyspec.custom_generate(recipe.name, **{**chosen, "heads": kind.for_target(model())})
     assert p_value(fast, "guided", FEWER) > THRESHOLD
     assert partly_accepted(fast)
 

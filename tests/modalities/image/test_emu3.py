@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import get_class
-from recipe_needs import discrete_recipes
+from recipe_needs import discrete_recipes, head_class_of
 from tiny_emu3 import CODES, EOF, EOI, EOL, EOS, HEIGHT, NAMES, SIZE, WIDTH, own_tokens, tiny_emu3
 from torch import Tensor
 
@@ -46,8 +45,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 def pipeline(recipe: str, **overrides: Any) -> Any:
     if recipe in (*HEADS, "lantern", "lantern_pp"):
-        config = next(r for r in polyspec.recipes("image") if r.name == recipe).config
-        kind = get_class(config.drafter.get("inner", config.drafter)._target_).kind
+        kind = head_class_of(next(r for r in polyspec.recipes("image") if r.name == recipe))
         overrides["heads"] = kind.for_target(make_image_target(tiny_emu3()[0], 1.0))
     return polyspec.pipeline("image", target=tiny_emu3(), recipe=recipe, overrides=overrides)
 

@@ -7,8 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hydra.utils import get_class
-from recipe_needs import discrete_recipes
+from recipe_needs import discrete_recipes, head_class_of
 from tiny_glm_image import CODES, DRAWABLE, SIDE, request, tiny_glm_image, tiny_pipeline
 from torch import Tensor
 
@@ -24,8 +23,7 @@ HEADS = ["dflash", "eagle", "eagle2", "medusa"]
 
 def method(recipe: str, **knobs: Any) -> Any:
     if recipe in (*HEADS, "lantern_pp"):
-        config = next(r for r in polyspec.recipes("image") if r.name == recipe).config
-        kind = get_class(config.drafter.get("inner", config.drafter)._target_).kind
+        kind = head_class_of(next(r for r in polyspec.recipes("image") if r.name == recipe))
         knobs["heads"] = kind.for_target(make_target(tiny_glm_image()))
     return polyspec.custom_generate(recipe, **knobs)
 

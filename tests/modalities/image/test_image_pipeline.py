@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_class
 from PIL import Image, ImageChops
-from recipe_needs import discrete_recipes
+from recipe_needs import discrete_recipes, head_class_of
 
 import polyspec
 from polyspec.drafting.dflash import DFlashModel
@@ -51,10 +50,9 @@ def test_greedy_pictures_are_the_models_own(recipe: str, guidance_scale: float, 
 @pytest.mark.parametrize("recipe", ["dflash", "eagle", "eagle2", "medusa", "scd_gs"])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "ragged"])
 def test_greedy_pictures_are_the_models_own_whatever_heads_draft(recipe: str, prompts: list[str]) -> None:
-    config = next(r for r in polyspec.recipes("image") if r.name == recipe).config
-    kind = get_class(config.drafter.get("inner", config.drafter)._target_).kind
-    overrides = {"heads": kind.for_target(make_image_target(tiny_janus()[0], 1.0))}
-    if "init" in config:
+    found = next(r for r in polyspec.recipes("image") if r.name == recipe)
+    overrides = {"heads": head_class_of(found).for_target(make_image_target(tiny_janus()[0], 1.0))}
+    if "init" in found.config:
         overrides["init"] = "drafter"
     pipe = polyspec.pipeline("image", target=tiny_janus(), recipe=recipe, overrides=overrides)
     assert same(pipe(prompts, do_sample=False, guidance_scale=3.0).outputs, own_pictures(prompts, 3.0))
