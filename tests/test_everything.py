@@ -16,8 +16,8 @@ from PIL import Image
 
 import polyspec
 from polyspec.bench.everything import ready
+from polyspec.bench.figures import Contestant, decoding_ratios, spent
 from polyspec.bench.page import page, table
-from polyspec.bench.run import spent
 from polyspec.metrics import DecodingStats
 from polyspec.outputs import Audio, Recommendation, Result
 
@@ -80,6 +80,16 @@ def test_where_the_time_went_adds_up() -> None:
     stats = [DecodingStats(wall_seconds=2.0, target_seconds=1.0, draft_seconds=0.5, verify_seconds=0.1)] * 2
     assert spent(stats) == pytest.approx({"prefill": 0, "target": 0.5, "draft": 0.25, "verify": 0.05, "rest": 0.2})
     assert spent([DecodingStats()]) == {}
+
+
+def test_efficiency_is_of_decoding_not_of_taking_in_the_prompt() -> None:
+    plain = DecodingStats(new_tokens=10, wall_seconds=9, prefill_seconds=3, target_seconds=5, verify_seconds=1)
+    fast = DecodingStats(new_tokens=10, wall_seconds=5, prefill_seconds=3, target_seconds=1.5, verify_seconds=0.5)
+    loop, ours = Contestant("plain", None, seconds=[0.9], stats=[plain]), Contestant("", None, seconds=[0.5], stats=[fast])
+    assert decoding_ratios(ours, loop) == pytest.approx([3.0])
+    assert decoding_ratios(loop, loop) == [1.0]
+    ours.stats, ours.seconds = [DecodingStats(new_tokens=5)], [1.0]  # other tokens: seconds a token count
+    assert decoding_ratios(ours, loop) == pytest.approx([0.6 / 0.4])
 
 
 def test_recipes_without_a_drafter_are_named_with_the_reason() -> None:

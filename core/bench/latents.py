@@ -20,7 +20,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from polyspec import pipelines
-from polyspec.bench.run import Contestant, contestant, machine, measure, plot_quality, quality
+from polyspec.bench.figures import Contestant
+from polyspec.bench.run import contestant, machine, measure, plot_quality, quality
 from polyspec.decoding.continuous import Continuous
 from polyspec.errors import InputError
 from polyspec.files import whole_file
