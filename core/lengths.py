@@ -144,8 +144,10 @@ _COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], di
 SIZES = (1, 2, 3, 5, 9, 17, 33)
 ENOUGH, MEASURING = 2.5, 1.0
 NOMINAL_CALL = 0.015  # what one more token adds to a target call, in calls of one token
-NOMINAL_DRAFT = 0.1  # what a drafter's call costs
+NOMINAL_DRAFT = 0.03  # what a drafter's call costs beside its share of parameters
+PRIOR, PRIOR_DRAFTS = 0.7, 3  # the acceptance rate that so many drafts are taken to have had before any was seen
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
+DRAWN = 6  # drafts' worth of the rate of all positions in that of each: a few failures there are not held for good
 FEW_TRIES = 16  # drafts, discounted, of all rows; before that drafting is not given up for a streak of bad luck
 TRIES = 0.02  # of the time may go into them
 CLEAR_GAIN = 1.5  # where drafting seems to gain less, a plain round now and then shows whether costs are as measured
@@ -310,9 +312,9 @@ class Auto(Fixed):
         return tried < FEW_TRIES and 1 + seen + (seen * (1 - seen) / (tried + 2)) ** 0.5 > cost
 
     def acceptance(self) -> np.ndarray:
-        """α_i of every position: its own rate, drawn to the rate of all (0.7 before anything is known)."""
-        common = (self.kept.sum() + 0.7) / (self.tried.sum() + 1)
-        return (self.kept + 2 * common) / (self.tried + 2)
+        """α_i of every position: its own rate, drawn to the rate of all."""
+        common = (self.kept.sum() + PRIOR * PRIOR_DRAFTS) / (self.tried.sum() + PRIOR_DRAFTS)
+        return (self.kept + DRAWN * common) / (self.tried + DRAWN)
 
     def tokens_scored(self, count: np.ndarray) -> np.ndarray:
         """Drafted tokens that the target scores for a draft of length `count`: as seen, else in proportion to what was
@@ -349,11 +351,15 @@ class Auto(Fixed):
         self.recent[drafted] = own if drafted not in self.recent else 0.7 * self.recent[drafted] + 0.3 * own
         self.drafted = drafted
 
+    def nominal_draft(self) -> float:
+        """What one of the drafter's calls is taken to cost."""
+        return NOMINAL_DRAFT + self.context.stats.draft_ratio
+
     def draft_cost(self, count: np.ndarray) -> np.ndarray:
         """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
         weight, n, nn, cost, n_cost, own = self.draft
         if weight == 0:
-            return NOMINAL_DRAFT * count if self.nominal else np.zeros(len(count))
+            return self.nominal_draft() * count if self.nominal else np.zeros(len(count))
         # a little of the slope that the drafter's calls tell keeps it where all drafts had one length
         square = n * n / weight
         slope = (n_cost - n * cost / weight + 0.1 * square * own / weight) / (nn - square + 0.1 * square)
@@ -378,7 +384,7 @@ class Auto(Fixed):
         if not reach:
             return
         self.scored[reach] = scored
-        cost = NOMINAL_DRAFT * drafted if self.nominal else drafting * second
+        cost = self.nominal_draft() * drafted if self.nominal else drafting * second
         if self.sum:
             self.promised *= self.decay
             self.promised += accepted.mean(), self.sum
