@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
-import weakref
-from collections.abc import Mapping, Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from polyspec.costs import call_costs
 from polyspec.errors import ConfigError
 from polyspec.metrics import DecodingStats
 
@@ -137,12 +138,6 @@ class Thompson(Fixed):
                 self.rejected += gain - 1 < proposed
 
 
-# time of a target call by number of tokens, in calls of one token; measured once per (model, dtype, device, streams)
-_COSTS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str, int], dict[int, float]]] = (
-    weakref.WeakKeyDictionary()
-)
-SIZES = (1, 2, 3, 5, 9, 17, 33)
-ENOUGH, MEASURING = 2.5, 1.0
 NOMINAL_CALL = 0.015  # what one more token adds to a target call, in calls of one token
 NOMINAL_DRAFT = 0.03  # what a drafter's call costs beside its share of parameters
 PRIOR, PRIOR_DRAFTS = 0.7, 3  # the acceptance rate that so many drafts are taken to have had before any was seen
@@ -152,50 +147,6 @@ FEW_TRIES = 16  # drafts, discounted, of all rows; before that drafting is not g
 TRIES = 0.02  # of the time may go into them
 CLEAR_GAIN = 1.5  # where drafting seems to gain less, a plain round now and then shows whether costs are as measured
 EARLY_CHECK, LATER_CHECK = 8, 64  # rounds between two of these, of the first three and later
-
-
-def call_costs(context: Context, most: int) -> dict[int, float]:
-    """What forwards of 1, 2, 3, 5, 9, … tokens (steps, where the target has such) cost, up to `most`, behind the present
-    cache, in forwards of one token.
-
-    Interleaved passes, of which the fastest counts, three or as many as `MEASURING` seconds allow, and no number of tokens
-    costs more than a larger one; measured once a model and process. Sizes beyond one that costs more than `ENOUGH` are taken
-    from the line through the last two. Ratios, because a machine's speed drifts more than they do.
-    """
-    target = context.target
-    key = (str(target.model.dtype), str(target.device), len(target.cache_lengths))
-    known = _COSTS.setdefault(target.model, {}).setdefault(key, {})
-    sizes = [n for n in SIZES if n < 2 * most]
-    if set(sizes) <= set(known):
-        return known
-    token, kept = context.sequences.tail(1), context.sequences.cached
-    seconds: dict[int, float] = {}
-    begun = time.perf_counter()
-    for turn in range(3):
-        if turn and time.perf_counter() - begun > MEASURING:
-            break
-        for size in sizes:
-            start = time.perf_counter()
-            tokens = token.expand(-1, size * target.step)
-            logits = target.forward(tokens).logits
-            context.processing.scores(logits, context.sequences, tokens[:, 1:])[0, 0, 0].item()
-            seconds[size] = min(seconds.get(size, float("inf")), time.perf_counter() - start)
-            target.rollback(kept)
-            if size > 1 and seconds[size] > ENOUGH * seconds[1]:
-                sizes = [n for n in sizes if n <= size]
-                break
-    fastest = float("inf")
-    for size in sorted(seconds, reverse=True):  # noise only adds: fewer tokens never take longer than more do
-        fastest = seconds[size] = min(seconds[size], fastest)
-    known.update({n: s / seconds[1] for n, s in seconds.items()})
-    known.update({n: along_line(known, n) for n in SIZES if n < 2 * most and n not in known})
-    return known
-
-
-def along_line(costs: Mapping[int, float], tokens: int) -> float:
-    """Costs by number of tokens, on the line through the two largest numbers."""
-    low, high = sorted(costs)[-2:]
-    return costs[high] + max(costs[high] - costs[low], 0.0) / (high - low) * (tokens - high)
 
 
 def counts(stats: DecodingStats) -> tuple[float, ...]:
@@ -235,28 +186,27 @@ class Auto(Fixed):
         if not 0 < decay <= 1:
             raise ConfigError(f"decay must lie in (0, 1], got {decay!r}")
         self.decay = decay
-        self.kept, self.tried = np.zeros(self.length), np.zeros(self.length)
-        self.draft = np.zeros(6)  # discounted sums of 1, n, n², cost, n·cost and slope over rounds with a draft
-        self.scored = np.zeros(self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
-        self.promised = np.ones(2)  # discounted sums over trees: tokens accepted, Σ V of their nodes
-        self.verified = np.zeros(2)  # discounted sums of the cost of verifying and of tokens verified
-        self.wait = np.full(1, SHORTEST_WAIT)  # rounds between two tries while zero wins
-        self.rows = np.ones(1)  # that drafted last
-        self.out = np.zeros(2)  # discounted: turns from plain rounds to drafts or back, log of how far costs were out
+        # lists, as numbers so few are handled faster one by one than as arrays; changed in place, for a run's copy shares them
+        self.kept, self.tried = [0.0] * self.length, [0.0] * self.length
+        self.draft = [0.0] * 6  # discounted sums of 1, n, n², cost, n·cost and slope over rounds with a draft
+        self.scored = [0.0] * (self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
+        self.promised = [1.0, 1.0]  # discounted sums over trees: tokens accepted, Σ V of their nodes
+        self.verified = [0.0, 0.0]  # discounted sums of the cost of verifying and of tokens verified
+        self.wait = [SHORTEST_WAIT]  # rounds between two tries while zero wins
+        self.rows = [1]  # that drafted last
+        self.out = [0.0, 0.0]  # discounted: turns from plain rounds to drafts or back, log of how far costs were out
 
     def begin(self, context: Context) -> None:
         self.context = context
         self.nominal = context.draws.fixed_rounds
-        self.costs: dict[int, float] | None = {1: 1.0, 1001: 1 + 1000 * NOMINAL_CALL} if self.nominal else None
+        self.costs: list[tuple[int, float]] | None = None
         if self.nominal:
-            learnt = (self.kept, self.tried, self.draft, self.scored)
-            self.kept, self.tried, self.draft, self.scored = (np.zeros_like(x) for x in learnt)
-            self.promised, self.verified, self.out = np.ones(2), np.zeros(2), np.zeros(2)
-            self.wait, self.rows = np.full(1, SHORTEST_WAIT), np.ones(1)
-        else:  # what earlier runs taught is a start, worth ten rounds; in place, for a run's copy shares it
-            trust = min(1.0, 10 / max(self.draft[0], 1e-9))
+            fresh = Auto(self.length, self.decay)
+            self.__dict__.update({name: value for name, value in vars(fresh).items() if isinstance(value, list)})
+            self.costs = [(1, 1.0), (1001, 1 + 1000 * NOMINAL_CALL)]
+        else:  # what earlier runs taught is a start, worth ten rounds
             for learnt in (self.kept, self.tried, self.draft, self.verified):
-                learnt *= trust
+                fade(learnt, min(1.0, 10 / max(self.draft[0], 1e-9)))
         # elsewhere the target's own time is spent where the host waits for it, that is while verifying
         self.host = context.target.device.type == "cpu" and not self.nominal
         # log of the seconds by cost of the latest target calls, of rounds with a draft or not
@@ -264,7 +214,7 @@ class Auto(Fixed):
         self.drafted, self.unchecked = False, 0
         self.before = (0.0, 0.0, 0.0, 0, 0, 0)
         self.count, self.sum = 0, 0.0  # of the round under way: the draft's length, Σ V of the nodes checked
-        self.pause = int(self.wait[0]) if self.tried.any() else 0
+        self.pause = int(self.wait[0]) if any(self.tried) else 0
 
     def next(self) -> int:
         self.before, self.sum = counts(self.context.stats), 0.0
@@ -273,24 +223,30 @@ class Auto(Fixed):
 
     def budget(self, values: Tensor) -> int:
         running = self.context.sequences.running_tensor[: len(values), None]
-        sums = torch.where(running, values.exp(), 0).cumsum(1).sum(0) / running.sum()
-        sums = np.array(sums.tolist())
-        nodes = np.arange(1, len(sums) + 1)
-        cost = self.check_cost(1 + nodes) + self.draft_cost(np.full(len(nodes), self.count))
-        best = int(np.argmax((1 + self.promised[0] / self.promised[1] * sums) / cost))
-        self.sum = float(sums[best])
+        sums = (torch.where(running, values.exp(), 0).cumsum(1).sum(0) / running.sum()).tolist()
+        drafting, worth = self.draft_cost(self.count), self.promised[0] / self.promised[1]
+        rates = [(1 + worth * v) / (self.check_cost(2 + i) + drafting) for i, v in enumerate(sums)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        self.sum = sums[best]
         return best + 1
 
     def choose(self) -> int:
         if self.costs is None:
-            self.costs = call_costs(self.context, self.length + 1)
-        count = np.arange(self.length + 1)
-        tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(self.acceptance()))])
-        cost = self.check_cost(1 + self.tokens_scored(count)) + np.where(count > 0, self.draft_cost(count), 0.0)
-        best = int(np.argmax(tokens / cost))
-        if best == 0 and self.undecided(cost[1] / cost[0]):
+            self.costs = sorted(call_costs(self.context, self.length + 1).items())
+        plain, one = self.check_cost(1), 0.0
+        best, rate, tokens, path = 0, 1 / plain, 1.0, 1.0
+        for n in range(1, self.length + 1):
+            path *= self.acceptance(n)
+            tokens += path
+            cost = self.check_cost(1 + self.tokens_scored(n)) + self.draft_cost(n)
+            one = one or cost
+            if tokens / cost > rate:
+                best, rate = n, tokens / cost
+            if tokens + path * (self.length - n) < rate * cost:  # none of the longer ones can do better
+                break
+        if best == 0 and self.undecided(one / plain):
             best = 1
-        elif best > 0 and self.host and tokens[best] / cost[best] < CLEAR_GAIN / cost[0]:
+        elif best > 0 and self.host and rate < CLEAR_GAIN / plain:
             self.unchecked += 1
             if self.unchecked > (EARLY_CHECK if self.out[0] < 3 else LATER_CHECK):
                 self.unchecked = 0
@@ -301,53 +257,50 @@ class Auto(Fixed):
         if self.pause > 0:
             self.pause -= 1
             return 0
-        self.wait[0] = min(max(2 * self.wait[0], (cost[1] / cost[0] - 1) / TRIES), LONGEST_WAIT)
+        self.wait[0] = min(max(2 * self.wait[0], (one / plain - 1) / TRIES), LONGEST_WAIT)
         self.pause = int(self.wait[0])
         return 1
 
     def undecided(self, cost: float) -> bool:
         """Whether a draft of one token, `cost` with its check, may pay yet: few rows have tried one, and it would pay if
         acceptance were a standard deviation above what was seen."""
-        seen, tried = float(self.acceptance()[0]), float(self.tried[0] * self.rows[0])
+        seen, tried = self.acceptance(1), self.tried[0] * self.rows[0]
         return tried < FEW_TRIES and 1 + seen + (seen * (1 - seen) / (tried + 2)) ** 0.5 > cost
 
-    def acceptance(self) -> np.ndarray:
-        """α_i of every position: its own rate, drawn to the rate of all."""
-        common = (self.kept.sum() + PRIOR * PRIOR_DRAFTS) / (self.tried.sum() + PRIOR_DRAFTS)
-        return (self.kept + DRAWN * common) / (self.tried + DRAWN)
+    def acceptance(self, n: int) -> float:
+        """α_n of the n-th position: its own rate, drawn to the rate of all."""
+        common = (sum(self.kept) + PRIOR * PRIOR_DRAFTS) / (sum(self.tried) + PRIOR_DRAFTS)
+        return (self.kept[n - 1] + DRAWN * common) / (self.tried[n - 1] + DRAWN)
 
-    def tokens_scored(self, count: np.ndarray) -> np.ndarray:
+    def tokens_scored(self, count: int) -> float:
         """Drafted tokens that the target scores for a draft of length `count`: as seen, else in proportion to what was
         seen of the nearest length."""
-        seen = np.flatnonzero(self.scored)
-        if not len(seen):
-            return count.astype(float)
-        nearest = seen[np.abs(seen[None, :] - count[:, None]).argmin(1)]
-        return np.where(count > 0, self.scored[nearest] * count / nearest, 0.0)
+        for away in range(self.length + 1):
+            for n in (count - away, count + away):
+                if 0 < n <= self.length and self.scored[n]:
+                    return self.scored[n] * count / n
+        return float(count)
 
-    def check_cost(self, tokens: np.ndarray) -> np.ndarray:
+    def check_cost(self, tokens: float) -> float:
         """Cost of a target call of `tokens` tokens and of verifying them."""
         return self.call_cost(tokens) + self.verified[0] / max(self.verified[1], 1e-9) * tokens
 
-    def call_cost(self, tokens: np.ndarray) -> np.ndarray:
-        """Cost of a target call of `tokens` tokens: straight lines through what was measured, and on from there; of more
-        than one as far out as it was found to be."""
-        found = np.exp(self.out[1] / (self.out[0] + 2))
-        return self.measured(tokens) * np.where(tokens > 1, found, 1.0)
+    def call_cost(self, tokens: float) -> float:
+        """Cost of a target call of `tokens` tokens: as measured, and of more than one as far out as it was found to be."""
+        return self.measured(tokens) * (math.exp(self.out[1] / (self.out[0] + 2)) if tokens > 1 else 1.0)
 
-    def measured(self, tokens: np.ndarray) -> np.ndarray:
+    def measured(self, tokens: float) -> float:
+        """The same as it was measured: straight lines through what was, and on from there."""
         assert self.costs is not None
-        sizes = sorted(self.costs)
-        seconds = [self.costs[n] for n in sizes]
-        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-        return np.interp(tokens, sizes, seconds) + slope * np.maximum(tokens - sizes[-1], 0)
+        above = min(bisect_left(self.costs, (tokens, 0.0)) or 1, len(self.costs) - 1)
+        (low, less), (high, more) = self.costs[above - 1], self.costs[above]
+        return less + (more - less) * (tokens - low) / (high - low)
 
     def compare(self, drafted: bool, tokens: float, seconds: float) -> None:
         """Note what a target call of so many tokens took; next to rounds of the other kind it tells how far costs are out."""
-        own = float(np.log(max(seconds, 1e-9) / self.measured(np.array([tokens]))[0]))
+        own = math.log(max(seconds, 1e-9) / self.measured(tokens))
         if drafted != self.drafted and (other := self.recent.get(not drafted)) is not None:
-            self.out *= 0.9
-            self.out += 1, own - other if drafted else other - own
+            add(self.out, 0.9, (1, own - other if drafted else other - own))
         self.recent[drafted] = own if drafted not in self.recent else 0.7 * self.recent[drafted] + 0.3 * own
         self.drafted = drafted
 
@@ -355,45 +308,55 @@ class Auto(Fixed):
         """What one of the drafter's calls is taken to cost."""
         return NOMINAL_DRAFT + self.context.stats.draft_ratio
 
-    def draft_cost(self, count: np.ndarray) -> np.ndarray:
+    def draft_cost(self, count: int) -> float:
         """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
         weight, n, nn, cost, n_cost, own = self.draft
         if weight == 0:
-            return self.nominal_draft() * count if self.nominal else np.zeros(len(count))
+            return self.nominal_draft() * count if self.nominal else 0.0
         # a little of the slope that the drafter's calls tell keeps it where all drafts had one length
         square = n * n / weight
         slope = (n_cost - n * cost / weight + 0.1 * square * own / weight) / (nn - square + 0.1 * square)
         slope = min(max(slope, 0.0), cost / n)
-        return np.maximum(cost / weight + slope * (count - n / weight), 0.0)
+        return max(cost / weight + slope * (count - n / weight), 0.0)
 
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
-        accepted = np.array([g - 1 for g in gained if g])
+        accepted = [g - 1 for g in gained if g]
         reach = min(proposed, self.length)
-        if self.costs is None or not len(accepted):
+        if self.costs is None or not accepted:
             return
         self.rows[0] = len(accepted)
         drafting, scoring, verifying, scored, rows, drafted = (
             new - old for new, old in zip(counts(stats), self.before, strict=True)
         )
         scored = scored / rows if rows else float(reach)
-        second = float(self.call_cost(np.array([1.0 + scored]))[0]) / max(scoring, 1e-9)  # in target calls of one token
+        second = self.call_cost(1 + scored) / max(scoring, 1e-9)  # in target calls of one token
         if self.host:
-            self.compare(reach > 0, 1.0 + scored, scoring)
-            self.verified *= self.decay
-            self.verified += verifying * second, 1 + scored
+            self.compare(reach > 0, 1 + scored, scoring)
+            add(self.verified, self.decay, (verifying * second, 1 + scored))
         if not reach:
             return
         self.scored[reach] = scored
         cost = self.nominal_draft() * drafted if self.nominal else drafting * second
         if self.sum:
-            self.promised *= self.decay
-            self.promised += accepted.mean(), self.sum
-        self.draft *= self.decay
+            add(self.promised, self.decay, (sum(accepted) / len(accepted), self.sum))
         # every call costs the same, and the first token takes one: none of a block's costs more than the first
         slope = cost / drafted * (drafted - 1) / (reach - 1) if drafted and reach > 1 else cost / reach
-        self.draft += [1.0, reach, reach**2, cost, reach * cost, slope]
-        position = np.arange(reach)[:, None]
-        self.kept *= self.decay
-        self.tried *= self.decay
-        self.tried[:reach] += (accepted >= position).mean(1)
-        self.kept[:reach] += (accepted > position).mean(1)
+        add(self.draft, self.decay, (1.0, reach, reach**2, cost, reach * cost, slope))
+        fade(self.kept, self.decay)
+        fade(self.tried, self.decay)
+        for position in range(reach):
+            there = sum(a >= position for a in accepted)
+            self.tried[position] += there / len(accepted)
+            self.kept[position] += sum(a > position for a in accepted) / len(accepted)
+            if not there:
+                break
+
+
+def fade(sums: list[float], by: float) -> None:
+    """Discount `sums` in place."""
+    sums[:] = [by * x for x in sums]
+
+
+def add(sums: list[float], decay: float, values: Sequence[float]) -> None:
+    """Discount `sums` in place, and add `values`."""
+    sums[:] = [decay * x + new for x, new in zip(sums, values, strict=True)]

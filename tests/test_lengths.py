@@ -13,7 +13,7 @@ import torch
 from tiny_models import target
 
 import polyspec
-from polyspec import lengths
+from polyspec import costs, lengths
 from polyspec.lengths import Adaptive, Auto, Confidence, Fixed, Thompson
 from polyspec.metrics import DecodingStats
 
@@ -38,8 +38,8 @@ def rounds(
     host = SimpleNamespace(device=torch.device("cpu"))
     context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=fixed_rounds), target=host)
     if monkeypatch is not None:
-        costs = {n: 1 + call * (n - 1) for n in lengths.SIZES}
-        monkeypatch.setattr(lengths, "call_costs", lambda context, most: costs)
+        found = {n: 1 + call * (n - 1) for n in costs.SIZES}
+        monkeypatch.setattr(lengths, "call_costs", lambda context, most: found)
     policy.begin(context)
     chosen = []
     for _ in range(count):
@@ -210,15 +210,15 @@ def test_thompson_drafts_longer_after_success_than_after_failure() -> None:
 
 def test_costs_of_target_calls_are_measured_once_a_model_and_leave_the_run_as_it_was() -> None:
     model = target("llama")
-    lengths._COSTS.pop(model, None)
+    costs._COSTS.pop(model, None)
     ids = torch.tensor([[5, 6, 7]])
     fast = polyspec.custom_generate("prompt_lookup", length="auto")
     expected = model.generate(ids, do_sample=False, max_new_tokens=24)
     assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=24, custom_generate=fast), expected)
-    (known,) = lengths._COSTS[model].values()
+    (known,) = costs._COSTS[model].values()
     measured = dict(known)
     model.generate(ids, do_sample=False, max_new_tokens=24, custom_generate=fast)
-    assert lengths._COSTS[model] == {next(iter(lengths._COSTS[model])): measured}
+    assert costs._COSTS[model] == {next(iter(costs._COSTS[model])): measured}
     assert measured[1] == 1 and all(cost > 0 for cost in measured.values())
 
 
