@@ -143,6 +143,7 @@ NOMINAL_DRAFT = 0.03  # what a drafter's call costs beside its share of paramete
 PRIOR, PRIOR_DRAFTS = 0.7, 3  # the acceptance rate that so many drafts are taken to have had before any was seen
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
 DRAWN = 6  # drafts' worth of the rate of all positions in that of each: a few failures there are not held for good
+OUTLIER = 3.0  # times what a draft was expected to cost are held to be an accident
 FEW_TRIES = 16  # drafts, discounted, of all rows; before that drafting is not given up for a streak of bad luck
 TRIES = 0.02  # of the time may go into them
 CLEAR_GAIN = 1.5  # where drafting seems to gain less, a plain round now and then shows whether costs are as measured
@@ -211,7 +212,7 @@ class Auto(Fixed):
         self.host = context.target.device.type == "cpu" and not self.nominal
         # log of the seconds by cost of the latest target calls, of rounds with a draft or not
         self.recent: dict[bool, float] = {}
-        self.drafted, self.unchecked = False, 0
+        self.drafted, self.trying, self.unchecked = False, False, 0
         self.before = (0.0, 0.0, 0.0, 0, 0, 0)
         self.count, self.sum = 0, 0.0  # of the round under way: the draft's length, Σ V of the nodes checked
         self.pause = int(self.wait[0]) if any(self.tried) else 0
@@ -235,6 +236,7 @@ class Auto(Fixed):
             self.costs = sorted(call_costs(self.context, self.length + 1).items())
         plain, one = self.check_cost(1), 0.0
         best, rate, tokens, path = 0, 1 / plain, 1.0, 1.0
+        self.trying = False
         for n in range(1, self.length + 1):
             path *= self.acceptance(n)
             tokens += path
@@ -258,7 +260,7 @@ class Auto(Fixed):
             self.pause -= 1
             return 0
         self.wait[0] = min(max(2 * self.wait[0], (one / plain - 1) / TRIES), LONGEST_WAIT)
-        self.pause = int(self.wait[0])
+        self.pause, self.trying = int(self.wait[0]), True
         return 1
 
     def undecided(self, cost: float) -> bool:
@@ -308,6 +310,16 @@ class Auto(Fixed):
         """What one of the drafter's calls is taken to cost."""
         return NOMINAL_DRAFT + self.context.stats.draft_ratio
 
+    def time_draft(self, count: int, calls: float, cost: float) -> None:
+        """Note what a draft of `count` tokens in so many of the drafter's calls cost, but for what it was made ready with the
+        first time, or what else the machine did meanwhile."""
+        expected = self.draft_cost(count) if self.draft[0] else self.nominal_draft() * calls
+        cost = min(cost, OUTLIER * max(expected, NOMINAL_DRAFT))
+        # every call costs the same, and the first token takes one: none of a block's costs more than the first
+        slope = cost / calls * (calls - 1) / (count - 1) if calls and count > 1 else cost / count
+        # a try asks whether what was believed still holds
+        add(self.draft, 0.5 if self.trying else self.decay, (1.0, count, count**2, cost, count * cost, slope))
+
     def draft_cost(self, count: int) -> float:
         """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
         weight, n, nn, cost, n_cost, own = self.draft
@@ -336,12 +348,9 @@ class Auto(Fixed):
         if not reach:
             return
         self.scored[reach] = scored
-        cost = self.nominal_draft() * drafted if self.nominal else drafting * second
         if self.sum:
             add(self.promised, self.decay, (sum(accepted) / len(accepted), self.sum))
-        # every call costs the same, and the first token takes one: none of a block's costs more than the first
-        slope = cost / drafted * (drafted - 1) / (reach - 1) if drafted and reach > 1 else cost / reach
-        add(self.draft, self.decay, (1.0, reach, reach**2, cost, reach * cost, slope))
+        self.time_draft(reach, drafted, self.nominal_draft() * drafted if self.nominal else drafting * second)
         fade(self.kept, self.decay)
         fade(self.tried, self.decay)
         for position in range(reach):

@@ -232,6 +232,25 @@ def test_auto_does_not_give_up_for_a_streak_of_bad_luck(monkeypatch: pytest.Monk
     assert (0, 0) not in pairwise(chosen), "four rejections in a row happen one time in sixteen"
 
 
+@pytest.mark.parametrize("slow", [(0,), (0, 1), (0, 7, 8)], ids=["the first", "the first two", "more later"])
+def test_auto_is_not_put_off_by_drafts_that_once_took_long(slow: tuple[int, ...]) -> None:
+    """Everything is kept, a draft costs a tenth of a call; some took fifty, to make ready or as others used the machine."""
+    stats, host = DecodingStats(), SimpleNamespace(device=torch.device("cpu"))
+    policy, drafts, chosen = Auto(), 0, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lengths, "call_costs", lambda context, most: {1: 1.0, 17: 1.2})
+        policy.begin(SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=False), target=host))  # type: ignore[arg-type]
+        for _ in range(400):
+            chosen.append(policy.next())
+            stats.target_seconds += 1 + 0.2 * chosen[-1] / 16
+            if chosen[-1]:
+                stats.draft_seconds += 50.0 if drafts in slow else 0.1
+                stats.draft_calls, drafts = stats.draft_calls + 1, drafts + 1
+            stats.record(chosen[-1], [chosen[-1] + 1])
+            policy.observe(chosen[-1], [chosen[-1] + 1], stats)
+    assert np.mean(chosen[-200:]) > 12
+
+
 def test_auto_counts_what_verifying_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     coin = np.random.default_rng(0)
 
