@@ -144,6 +144,7 @@ PRIOR, PRIOR_DRAFTS = 0.7, 3  # the acceptance rate that so many drafts are take
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
 DRAWN = 6  # drafts' worth of the rate of all positions in that of each: a few failures there are not held for good
 OUTLIER = 3.0  # times what a draft was expected to cost are held to be an accident
+SAME_FOR_ALL = 8  # tokens' worth of the cost of verifying is there however few they are, until lengths tell
 FEW_TRIES = 16  # drafts, discounted, of all rows; before that drafting is not given up for a streak of bad luck
 TRIES = 0.02  # of the time may go into them
 CLEAR_GAIN = 1.5  # where drafting seems to gain less, a plain round now and then shows whether costs are as measured
@@ -160,6 +161,30 @@ def counts(stats: DecodingStats) -> tuple[float, ...]:
         stats.row_calls,
         stats.draft_calls,
     )
+
+
+class Line:
+    """A straight line through costs seen of n tokens, old ones discounted.
+
+    hold: how firmly it keeps to the slopes that costs suggest by themselves, against what differing n tell."""
+
+    def __init__(self, hold: float) -> None:
+        self.hold = hold
+        self.sums = [0.0] * 6  # of 1, n, n², cost, n·cost, and the slope that a cost suggests by itself
+
+    def add(self, decay: float, n: float, cost: float, slope: float) -> None:
+        add(self.sums, decay, (1.0, n, n * n, cost, n * cost, slope))
+
+    def at(self, n: float) -> float:
+        """The cost of `n` tokens, 0 where nothing was seen."""
+        weight, seen, squares, cost, products, own = self.sums
+        if not weight:
+            return 0.0
+        square = seen * seen / weight
+        held = self.hold * square
+        slope = (products - seen * cost / weight + held * own / weight) / (squares - square + held)
+        slope = min(max(slope, 0.0), cost / seen)
+        return max(cost / weight + slope * (n - seen / weight), 0.0)
 
 
 class Auto(Fixed):
@@ -189,10 +214,9 @@ class Auto(Fixed):
         self.decay = decay
         # lists, as numbers so few are handled faster one by one than as arrays; changed in place, for a run's copy shares them
         self.kept, self.tried = [0.0] * self.length, [0.0] * self.length
-        self.draft = [0.0] * 6  # discounted sums of 1, n, n², cost, n·cost and slope over rounds with a draft
+        self.draft, self.verified = Line(0.1), Line(0.002)  # cost of drafting n tokens, and of verifying n
         self.scored = [0.0] * (self.length + 1)  # tokens scored for a draft of length n when last seen, 0: never yet
         self.promised = [1.0, 1.0]  # discounted sums over trees: tokens accepted, Σ V of their nodes
-        self.verified = [0.0, 0.0]  # discounted sums of the cost of verifying and of tokens verified
         self.wait = [SHORTEST_WAIT]  # rounds between two tries while zero wins
         self.rows = [1]  # that drafted last
         self.out = [0.0, 0.0]  # discounted: turns from plain rounds to drafts or back, log of how far costs were out
@@ -203,11 +227,12 @@ class Auto(Fixed):
         self.costs: list[tuple[int, float]] | None = None
         if self.nominal:
             fresh = Auto(self.length, self.decay)
-            self.__dict__.update({name: value for name, value in vars(fresh).items() if isinstance(value, list)})
+            self.__dict__.update({name: value for name, value in vars(fresh).items() if isinstance(value, list | Line)})
             self.costs = [(1, 1.0), (1001, 1 + 1000 * NOMINAL_CALL)]
         else:  # what earlier runs taught is a start, worth ten rounds
-            for learnt in (self.kept, self.tried, self.draft, self.verified):
-                fade(learnt, min(1.0, 10 / max(self.draft[0], 1e-9)))
+            trust = min(1.0, 10 / max(self.draft.sums[0], 1e-9))
+            for learnt in (self.kept, self.tried, self.draft.sums, self.verified.sums):
+                fade(learnt, trust)
         # elsewhere the target's own time is spent where the host waits for it, that is while verifying
         self.host = context.target.device.type == "cpu" and not self.nominal
         # log of the seconds by cost of the latest target calls, of rounds with a draft or not
@@ -285,7 +310,7 @@ class Auto(Fixed):
 
     def check_cost(self, tokens: float) -> float:
         """Cost of a target call of `tokens` tokens and of verifying them."""
-        return self.call_cost(tokens) + self.verified[0] / max(self.verified[1], 1e-9) * tokens
+        return self.call_cost(tokens) + self.verified.at(tokens)
 
     def call_cost(self, tokens: float) -> float:
         """Cost of a target call of `tokens` tokens: as measured, and of more than one as far out as it was found to be."""
@@ -313,23 +338,18 @@ class Auto(Fixed):
     def time_draft(self, count: int, calls: float, cost: float) -> None:
         """Note what a draft of `count` tokens in so many of the drafter's calls cost, but for what it was made ready with the
         first time, or what else the machine did meanwhile."""
-        expected = self.draft_cost(count) if self.draft[0] else self.nominal_draft() * calls
+        expected = self.draft_cost(count) if self.draft.sums[0] else self.nominal_draft() * calls
         cost = min(cost, OUTLIER * max(expected, NOMINAL_DRAFT))
         # every call costs the same, and the first token takes one: none of a block's costs more than the first
         slope = cost / calls * (calls - 1) / (count - 1) if calls and count > 1 else cost / count
         # a try asks whether what was believed still holds
-        add(self.draft, 0.5 if self.trying else self.decay, (1.0, count, count**2, cost, count * cost, slope))
+        self.draft.add(0.5 if self.trying else self.decay, count, cost, slope)
 
     def draft_cost(self, count: int) -> float:
-        """Cost of drafting `count` tokens, in target calls of one token: a line through the rounds seen so far."""
-        weight, n, nn, cost, n_cost, own = self.draft
-        if weight == 0:
-            return self.nominal_draft() * count if self.nominal else 0.0
-        # a little of the slope that the drafter's calls tell keeps it where all drafts had one length
-        square = n * n / weight
-        slope = (n_cost - n * cost / weight + 0.1 * square * own / weight) / (nn - square + 0.1 * square)
-        slope = min(max(slope, 0.0), cost / n)
-        return max(cost / weight + slope * (count - n / weight), 0.0)
+        """Cost of drafting `count` tokens, in target calls of one token."""
+        if self.nominal and not self.draft.sums[0]:
+            return self.nominal_draft() * count
+        return self.draft.at(count)
 
     def observe(self, proposed: int, gained: Sequence[int], stats: DecodingStats) -> None:
         accepted = [g - 1 for g in gained if g]
@@ -344,7 +364,8 @@ class Auto(Fixed):
         second = self.call_cost(1 + scored) / max(scoring, 1e-9)  # in target calls of one token
         if self.host:
             self.compare(reach > 0, 1 + scored, scoring)
-            add(self.verified, self.decay, (verifying * second, 1 + scored))
+            cost = verifying * second
+            self.verified.add(self.decay, 1 + scored, cost, cost / (1 + scored + SAME_FOR_ALL))
         if not reach:
             return
         self.scored[reach] = scored
