@@ -330,6 +330,7 @@ def drafter_for(
     with `wanted`."""
     found = kind_of(heads)
     for drafter in drafters:
-        if drafter.kind.config_class.model_type == found:
+        kind: type[HeadModel] = getattr(drafter, "kind")  # noqa: B009  a class variable of generic type to type checkers
+        if kind.config_class.model_type == found:
             return drafter(heads)
     raise ConfigError(f"{wanted}, not by {found!r} heads")
