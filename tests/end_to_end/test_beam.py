@@ -306,7 +306,7 @@ def test_the_block_drafter_sees_what_it_sees_in_a_chain():
     with torch.no_grad():
         from polyspec.drafting.heads import TokenLayers
 
-        ours = block_logits(heads, TokenLayers(wrapped, None), search, cache.hidden)
+        ours = block_logits(heads, TokenLayers(wrapped, None, heads.config.even_embeddings), search, cache.hidden)
         for row, prompt in enumerate(RAGGED):
             assert torch.allclose(ours[row], chain_block(drafter, prompt)[0, 1:], atol=1e-4)
 
