@@ -203,8 +203,8 @@ class Auto(Fixed):
     other, their target calls tell how far the ratio of the costs was out.
 
     Where the output depends on how rounds are cut and a seed was given, so that it has to come out the same again, costs
-    are the nominal ones (`NOMINAL_CALL`, and `NOMINAL_DRAFT` for each of the drafter's calls, which are counted as it runs:
-    one a token, one a block, or none) and nothing is carried over from earlier runs.
+    are nominal (`NOMINAL_CALL`; for each of the drafter's calls, which are counted as it runs, one a token, one a block, or
+    none, its share of parameters and `NOMINAL_DRAFT`) and nothing is carried over from earlier runs.
     """
 
     def __init__(self, length: int = 16, decay: float = 0.98):
