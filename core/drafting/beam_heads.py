@@ -66,6 +66,11 @@ class HeadBeams(LevelBeams):
             raise unknown("kind of heads", kind, KINDS)
         model_class, self.logits_of = KINDS[kind]
         self.model: Any = load_heads(model_class, heads)
+        if getattr(self.model.config, "recurrent", 0):
+            raise ConfigError(
+                "beams join places that are predicted independently, these heads carry a state from place to place; train "
+                "some with train.head.recurrent=0"
+            )
         self.hidden_layers = tuple(self.model.config.target_layers or ())
 
     def check(self, target: Target) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from polyspec.drafting.base import Context, Draft, Drafter
+from polyspec.drafting.level_tree import LikeliestTree
 from polyspec.lengths import positive
 from polyspec.target import Target
 from polyspec.trees import Tree, best_first_block, eagle2_select
@@ -23,6 +24,15 @@ class BlockDrafter(Drafter, Protocol):
     def block(self, count: int) -> Tensor:
         """Logits `[B, n, V]` of the next n ≤ `count` positions, each predicted without knowing the others' tokens."""
         ...
+
+
+def block_tree(inner: Callable[..., Any], nodes: int, **needs: Any) -> BlockTree | LikeliestTree:
+    """The tree of the `nodes` likeliest paths for what `inner(**needs)` predicts: in one step where its positions are
+    independent, level by level where they depend on each other (`in_turn`)."""
+    drafter = inner(**needs)
+    if drafter.in_turn:
+        return LikeliestTree(lambda: drafter, nodes, width=nodes)
+    return BlockTree(lambda: drafter, nodes)
 
 
 class BlockTree:

@@ -17,6 +17,15 @@ own cache. Embedding and output layer are the target's, shared and frozen. Exact
 Not in the paper: with `bridge`, W_b [e(x_0); c_{-1}], c of the token before x_0, is added to every query, and every place
 has a mask embedding of its own. A block drafter trained for minutes rather than days has not learnt yet to fetch both by
 attention; it costs one matrix.
+
+With `recurrent` = r > 0, place i also learns which tokens were drafted before it, from a state of width r that is carried
+along the block as in the Recurrent Drafter (2403.09919):
+
+    s_i = silu(W_h h_i + W_e e(x_{i-1}) + W_s s_{i-1}),    s_0 = 0,    q_i = softmax(W_U (h_i + W_o s_i))
+
+with h_i output i of the parallel pass. That is still one pass a block; only four small matrices and the output layer go
+from place to place. Without it q_2 has to cover every continuation of every x_1, which costs a drafter of few layers half
+of its accepted tokens behind the first.
 """
 
 from __future__ import annotations
@@ -42,17 +51,19 @@ from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError
 from polyspec.laid_out import derived
 from polyspec.target import Target
+from polyspec.trees import Tree
 
 Attended = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From a block's own keys and values `[S, H, Q, D]` and the layer to all that the block attends to `[S, H, K, D]`."""
 
 
 class DFlashConfig(HeadConfig):
-    """`block` is N: the last committed token and N-1 drafts. bridge: see this module's text."""
+    """`block` is N: the last committed token and N-1 drafts. bridge, recurrent: see this module's text."""
 
     model_type = "polyspec_dflash"
     block: int = 8
     bridge: bool = False
+    recurrent: int = 0
 
 
 class BlockLayer(nn.Module):
@@ -92,6 +103,23 @@ class BlockLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Recurrence(nn.Module):
+    """What the tokens drafted before a place change there: h_i, e(x_{i-1}), s_{i-1} to h_i + W_o s_i and s_i."""
+
+    def __init__(self, width: int, state: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, state, bias=False)
+        self.token = nn.Linear(width, state, bias=False)
+        self.state = nn.Linear(state, state, bias=False)
+        self.out = nn.Linear(state, width, bias=False)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`hidden`, `embedded [.., d_t]` and the state `[.., r]` of the place before, None at the first."""
+        total = self.hidden(hidden) + self.token(embedded)
+        state = functional.silu(total if state is None else total + self.state(state))
+        return hidden + self.out(state), state
+
+
 class DFlashModel(HeadModel):
     """The block drafter. Width is free; if it is not the target's, two projections join them.
 
@@ -113,6 +141,7 @@ class DFlashModel(HeadModel):
         self.rotary = LlamaRotaryEmbedding(config)
         self.widen = nn.Identity() if width == theirs else nn.Linear(width, theirs, bias=False)
         self.narrow = nn.Identity() if width == theirs else nn.Linear(theirs, width, bias=False)
+        self.recurrence = Recurrence(theirs, config.recurrent) if config.recurrent else None
         self.post_init()
 
     @classmethod
@@ -120,6 +149,8 @@ class DFlashModel(HeadModel):
         sizes = {"num_hidden_layers": sizes.pop("layers", 1), **sizes}
         if sizes.get("block", 8) < 2:
             raise ConfigError(f"block must be ≥ 2 (the last committed token and a draft), got {sizes['block']}")
+        if sizes.get("recurrent", 0) < 0:
+            raise ConfigError(f"recurrent must be ≥ 0, the width of a state, got {sizes['recurrent']}")
         chosen = sizes.pop("target_layers", 5)
         depth = target.config.num_hidden_layers
         layers = spread_layers(depth, chosen) if isinstance(chosen, int) else list(chosen)
@@ -154,6 +185,17 @@ class DFlashModel(HeadModel):
             x = layer(x, rope, mask, attended)
         return self.widen(self.norm(x))
 
+    def along(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """What the output layer reads at places 1 … n of blocks, from the outputs `hidden [.., n, d_t]` of the parallel
+        pass and the tokens before each place, `embedded [.., n, d_t]`."""
+        if self.recurrence is None:
+            return hidden
+        state, found = None, []
+        for h, e in zip(hidden.unbind(-2), embedded.unbind(-2), strict=True):
+            out, state = self.recurrence(h, e, state)
+            found.append(out)
+        return torch.stack(found, dim=-2)
+
 
 def spread_layers(depth: int, count: int) -> list[int]:
     """`count` hidden states from the output of a target's second layer to that of its third last (fewer if it is
@@ -164,6 +206,20 @@ def spread_layers(depth: int, count: int) -> list[int]:
     if count == 1:
         return [high]
     return sorted({round(low + i * (high - low) / (count - 1)) for i in range(count)})
+
+
+class LeanRecurrence:
+    """A Recurrence made ready for drafting."""
+
+    def __init__(self, model: Recurrence):
+        self.hidden, self.token, self.state, self.out = (
+            stacked([p]) for p in (model.hidden, model.token, model.state, model.out)
+        )
+
+    def __call__(self, hidden: Tensor, embedded: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = self.hidden(hidden) + self.token(embedded)
+        state = functional.silu(total if state is None else total + self.state(state))
+        return hidden + self.out(state), state
 
 
 class LeanDFlash:
@@ -187,6 +243,7 @@ class LeanDFlash:
         self.bridge = None if model.bridge is None else stacked([model.bridge])
         self.narrow, self.widen = (stacked([p]) if isinstance(p, nn.Linear) else p for p in (model.narrow, model.widen))
         self.turns = Turns(config, device)
+        self.recurrence = None if model.recurrence is None else LeanRecurrence(model.recurrence)
 
     def context(self, hidden: tuple[Tensor, ...]) -> Tensor:
         even = torch.cat([unit(h.float(), self.even) for h in hidden], dim=-1)
@@ -237,8 +294,16 @@ class DFlash(HeadDrafter[DFlashModel]):
         start = torch.tensor(self.cache.lengths, device=self.target.device)[:, None]
         return start + torch.arange(width, device=self.target.device)
 
-    def block(self, count: int) -> Tensor:
-        """Logits `[B, count, V]` of the next positions, at most `block - 1` of them."""
+    @property
+    def in_turn(self) -> bool:  # type: ignore[override]
+        return self.model.recurrence is not None
+
+    @property
+    def reach(self) -> int:
+        return self.model.config.block - 1
+
+    def places(self) -> Tensor:
+        """What the parallel pass gives for the places of each stream's next block, `[S, N-1, d_t]`."""
         self.catch_up()
         pending = self.streams(self.sequences.tail(1)[:, 0])
         block = self.lean.queries(self.layers.embed(pending), self.last)
@@ -246,9 +311,42 @@ class DFlash(HeadDrafter[DFlashModel]):
         if not self.cache.uniform:
             slots = torch.arange(self.cache.longest + width, device=block.device)
             mask = (slots <= self.positions(width)[:, -1:])[:, None, None, :]
-        out = self.lean(block, mask, self.cache)
         self.context.stats.draft_calls += 1
-        return self.logits(out[:, 1 : count + 1])
+        return self.lean(block, mask, self.cache)[:, 1:]
+
+    def block(self, count: int) -> Tensor:
+        """Logits `[B, n, V]` of the next n ≤ `count` positions, for a model whose places are independent."""
+        return self.logits(self.places()[:, :count])
 
     def propose(self, count: int) -> Draft:
-        return self.draw(self.block(count))
+        if self.lean.recurrence is None:
+            return self.draw(self.block(count))
+        places, state = self.places()[:, :count], None
+
+        def predict(i: int, token: Tensor) -> Tensor:
+            nonlocal state
+            out, state = self.lean.recurrence(places[:, i : i + 1], self.layers.embed(self.streams(token)), state)
+            return self.logits(out)
+
+        return self.draw_in_turn(places.shape[1], predict)
+
+    def root(self) -> Tensor:
+        self.reached, self.states = self.places(), None
+        return self.behind(self.sequences.tail(1), 0, None)
+
+    def level(self, tokens: Tensor, tree: Tree) -> Tensor:
+        above = self.streams(tree.parents[:, -tokens.shape[1] :] + 1)
+        assert self.states is not None
+        state = self.states.gather(1, above[..., None].expand(-1, -1, self.states.shape[-1]))
+        return self.behind(tokens, tree.height, state)
+
+    def behind(self, tokens: Tensor, place: int, state: Tensor | None) -> Tensor:
+        """Logits `[B, W, V]` at a place behind `tokens [B, W]`, the states `[S, W, r]` of the places before them known."""
+        assert self.lean.recurrence is not None
+        embedded = self.layers.embed(self.streams(tokens))
+        out, now = self.lean.recurrence(self.reached[:, place : place + 1], embedded, state)
+        self.states = now if self.states is None else torch.cat([self.states, now], dim=1)
+        return self.logits(out)
+
+    def rollback(self) -> None:
+        pass  # a block never enters the cache for good

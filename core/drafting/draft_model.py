@@ -6,6 +6,7 @@ Speculative Sampling, 2302.01318. Same tokenizer as the target; the vocabularies
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from os import PathLike
 from typing import Any
@@ -49,6 +50,7 @@ class DraftModel:
     """
 
     hidden_layers: tuple[int, ...] = ()
+    reach = sys.maxsize
     copies = 1
     """Prompts that this model drafts from for every row, in one batch: copy k of row b is its stream kB + b."""
 

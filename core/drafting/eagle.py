@@ -15,6 +15,7 @@ prediction close to a target feature.
 
 from __future__ import annotations
 
+import sys
 from os import PathLike
 from typing import Any
 
@@ -117,6 +118,7 @@ class Eagle(HeadDrafter[EagleModel]):
     """Drafts token by token, or level by level, with `heads`, an EagleModel or its folder."""
 
     kind = EagleModel
+    reach = sys.maxsize
 
     def __init__(self, heads: EagleModel | str | PathLike[str]):
         super().__init__(heads)
@@ -190,23 +192,19 @@ class Eagle(HeadDrafter[EagleModel]):
 
     def propose(self, count: int) -> Draft:
         self.catch_up()
-        s, feature, kept = self.sequences, self.predicted, self.cache.lengths
-        context, positions = self.context, s.positions(count)
-        drafts, tokens, probs = s.tail(1)[:, :0], [], []
-        for i in range(count):
+        feature, kept = self.predicted, self.cache.lengths
+
+        def predict(i: int, token: Tensor) -> Tensor:
+            nonlocal feature
             if i > 0:
-                feature = self.step(self.streams(tokens[-1]), feature)
+                feature = self.step(self.streams(token), feature)
                 self.cache.rollback([n + i for n in kept])
-                drafts = torch.cat(tokens, dim=1)
-            context.stats.draft_calls += 1
-            scores = context.processing.scores(self.logits(feature), s, drafts, first=i)
-            token, q = context.draws.draft(scores, positions[:, i : i + 1])
-            tokens.append(token)
-            probs.append(q)
-            if not context.length.keep_drafting(scores):
-                break
+            self.context.stats.draft_calls += 1
+            return self.logits(feature)
+
+        draft = self.draw_in_turn(count, predict)
         self.cache.rollback(kept)
-        return Draft(torch.cat(tokens, dim=1), None if probs[0] is None else torch.cat(probs, dim=1))
+        return draft
 
     def remember(self, hidden: tuple[Tensor, ...], lengths: list[int]) -> None:
         s, width = self.sequences, hidden[0].shape[1]

@@ -9,7 +9,7 @@ other token has q = 0, which any exact rule corrects for.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -222,6 +222,8 @@ class HeadDrafter(Generic[M]):
     """Base of the drafters that run a head on the target's hidden states, for ragged batches and under guidance."""
 
     kind: type[M]
+    in_turn = False
+    """Whether what is predicted at a position depends on the tokens drafted before it."""
 
     def __init__(self, heads: M | str | PathLike[str]):
         self.model = load_heads(self.kind, heads)
@@ -310,17 +312,26 @@ class HeadDrafter(Generic[M]):
     def draw(self, logits: Tensor) -> Draft:
         """Tokens from logits `[B, N, V]` of N independent positions, drawn as the target's tokens will be."""
         s, draws, processing = self.sequences, self.context.draws, self.context.processing
-        positions, none = s.positions(logits.shape[1]), s.tail(1)[:, :0]
         if processing.history_free:
-            scores = processing.scores(logits, s, none)
-            return Draft(*draws.draft(scores, positions))
-        tokens, probs = none, []
-        for i in range(logits.shape[1]):  # what a position may hold depends on what was drawn before it
-            scores = processing.scores(logits[:, i : i + 1], s, tokens, first=i)
-            token, q = draws.draft(scores, positions[:, i : i + 1])
-            tokens = torch.cat([tokens, token], dim=1)
+            scores = processing.scores(logits, s, s.tail(1)[:, :0])
+            return Draft(*draws.draft(scores, s.positions(logits.shape[1])))
+        # what a position may hold depends on what was drawn before it
+        return self.draw_in_turn(logits.shape[1], lambda i, token: logits[:, i : i + 1])
+
+    def draw_in_turn(self, count: int, predict: Callable[[int, Tensor], Tensor]) -> Draft:
+        """The same, position by position: predict(i, token `[B, 1]` of the position before) gives logits `[B, 1, V]` of
+        position i from 0. Fewer than `count` if the run's policy ends the draft."""
+        s, context, positions = self.sequences, self.context, self.sequences.positions(count)
+        token = s.tail(1)
+        drafts, probs = token[:, :0], []
+        for i in range(count):
+            scores = context.processing.scores(predict(i, token), s, drafts, first=i)
+            token, q = context.draws.draft(scores, positions[:, i : i + 1])
+            drafts = torch.cat([drafts, token], dim=1)
             probs.append(q)
-        return Draft(tokens, None if probs[0] is None else torch.cat(probs, dim=1))
+            if not context.length.keep_drafting(scores):
+                break
+        return Draft(drafts, None if probs[0] is None else torch.cat(probs, dim=1))
 
 
 def drafter_for(

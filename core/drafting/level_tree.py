@@ -31,6 +31,9 @@ from polyspec.trees import Tree, eagle2_expand, opt_tree, sequoia
 class LevelDrafter(Drafter, Protocol):
     """A drafter that scores what may follow the nodes of a tree, a level at a time, in a cache of its own."""
 
+    reach: int
+    """How many levels it can score."""
+
     def root(self) -> Tensor:
         """Logits `[B, 1, V]` of what follows each row's last committed token."""
         ...
@@ -121,6 +124,7 @@ class LikeliestTree(LevelTree):
         path = scores.new_zeros(len(scores), 1)  # log V of the level's nodes
         expected = scores.new_zeros(len(scores))
         paths, parents, tokens, before, start = [], [], [], -1, 0
+        count = min(count, self.inner.reach)
         for level in range(count):
             q = self.context.draws.outlook(scores, self.positions())
             best = q.topk(children)
@@ -197,7 +201,7 @@ class SampledTree(LevelTree):
         return self.shapes[depth]
 
     def propose(self, count: int) -> Draft:
-        tree, plan, inner = self.shape(count)
+        tree, plan, inner = self.shape(min(count, self.inner.reach))
         scores, draws = self.plant(), self.context.draws
         tokens, node_q = [], []
         for level in plan:

@@ -64,6 +64,9 @@ class DFlashObjective:
         out = model(x, positions, mask, attended).unflatten(1, (self.anchors, block))[:, :, 1:]
         weight = torch.exp(-torch.arange(block - 1, device=tokens.device) / (self.decay or block / 2))
         predicted = positions.unflatten(1, (self.anchors, block))[:, :, 1:]
+        if model.recurrence is not None:
+            before = tokens.gather(1, positions.clamp(max=context)).unflatten(1, (self.anchors, block))[:, :, :-1]
+            out = model.along(out, layers.embed(before))
         return predictions_loss(out, predicted, weight, batch, layers, self.soft, self.regression)
 
 

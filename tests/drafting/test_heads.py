@@ -19,12 +19,15 @@ from polyspec.drafting import heads as heads_module
 from polyspec.drafting.dflash import DFlash, DFlashModel, spread_layers
 from polyspec.drafting.eagle import Eagle, EagleModel
 from polyspec.drafting.heads import HeadModel, TokenLayers
+from polyspec.drafting.level_tree import LikeliestTree
 from polyspec.drafting.medusa import MedusaModel
 from polyspec.lengths import Fixed
 from polyspec.target import make_target
+from polyspec.trees import Tree
 
 HEADS: dict[str, tuple[type[HeadModel], dict[str, Any]]] = {
     "dflash": (DFlashModel, {"layers": 2, "block": 5, "bridge": True}),
+    "ddtree": (DFlashModel, {"block": 5, "bridge": True, "recurrent": 16}),
     "eagle": (EagleModel, {}),
     "eagle2": (EagleModel, {}),
     "medusa": (MedusaModel, {"heads": 4}),
@@ -140,6 +143,43 @@ def test_what_a_block_drafter_keeps_is_what_it_would_compute_from_scratch() -> N
     torch.testing.assert_close(*drafts)
 
 
+@pytest.mark.parametrize("guidance", [None, 1.7], ids=["plain", "guided"])
+def test_a_tree_drafted_in_turn_predicts_at_every_node_what_its_path_alone_would(guidance: float | None) -> None:
+    """The states of a level are its parents' carried on: against `along` over each node's whole path."""
+    model = untrained("ddtree")
+    assert isinstance(model, DFlashModel) and model.recurrence is not None
+    torch.nn.init.normal_(model.recurrence.out.weight)
+    depths: list[int] = []
+
+    class Compared(DFlash):
+        def root(self) -> Tensor:
+            self.drafted = self.sequences.tail(1)[:, :0]
+            return super().root()
+
+        def level(self, tokens: Tensor, tree: Tree) -> Tensor:
+            logits, first = super().level(tokens, tree), self.drafted.shape[1]
+            self.drafted = torch.cat([self.drafted, tokens], dim=1)
+            for row in range(len(tokens)):
+                streams = [row] if guidance is None else [row, row + len(tokens)]
+                for node in range(first, self.drafted.shape[1]):
+                    path, above = [], node
+                    while above >= 0:
+                        path.append(int(self.drafted[row, above]))
+                        above = int(tree.parents[row, above])
+                    path = [int(self.sequences.tail(1)[row, 0]), *reversed(path)]
+                    embedded = self.layers.embed(torch.tensor([path])).expand(len(streams), -1, -1)
+                    alone = model.along(self.reached[streams, : len(path)], embedded)[:, -1:]
+                    torch.testing.assert_close(logits[row, node - first], self.logits(alone)[0, 0], rtol=1e-4, atol=1e-4)
+                    depths.append(len(path))
+            return logits
+
+    fast = polyspec.custom_generate("ddtree", heads=model, length=4)
+    fast.method = replace(fast.method, drafter=lambda: LikeliestTree(lambda: Compared(model), nodes=6, width=6))
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "guidance_scale": guidance}
+    target("llama").generate(**prompts(4), **settings, custom_generate=fast)
+    assert set(depths) == {2, 3, 4}
+
+
 def test_hidden_states_are_spread_from_the_second_layer_to_the_third_last() -> None:
     assert spread_layers(30, 5) == [2, 8, 15, 22, 28]
     assert spread_layers(30, 1) == [28]
@@ -189,6 +229,7 @@ def test_a_folder_that_is_missing_or_damaged_is_a_checkpoint_error(recipe: str, 
     ("kind", "sizes"),
     [
         (DFlashModel, {"block": 1}),
+        (DFlashModel, {"recurrent": -1}),
         (DFlashModel, {"target_layers": [99]}),
         (DFlashModel, {"target_layers": 0}),
         (DFlashModel, {"num_attention_heads": 5}),

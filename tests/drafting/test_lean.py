@@ -167,3 +167,18 @@ def test_what_is_derived_follows_the_weights() -> None:
     torch.testing.assert_close(frozen()(x), layer(x)[:, rows])
     x.requires_grad_()
     assert frozen()(x).requires_grad
+
+
+def test_a_recurrence_is_what_the_model_gives_for_the_whole_block() -> None:
+    model = block(recurrent=6)
+    hidden, embedded = torch.randn(2, ROWS, BLOCK - 1, WIDTH, generator=torch.Generator().manual_seed(4))
+    ready, state, found = LeanDFlash(model).recurrence, None, []
+    assert ready is not None
+    for i in range(BLOCK - 1):
+        out, state = ready(hidden[:, i], embedded[:, i], state)
+        found.append(out)
+    expected = model.along(hidden, embedded)
+    torch.testing.assert_close(torch.stack(found, dim=1), expected)
+    changed = embedded.clone()
+    changed[:, 0] += 1  # the first token matters to all places behind it, as far as the state carries
+    assert ((model.along(hidden, changed) - expected).abs().amax((0, 2)) > 1e-6).all()

@@ -218,6 +218,7 @@ class Scripted:
     """Draws up the logits after a path from `rule(path)`, `[V]`."""
 
     hidden_layers: tuple[int, ...] = ()
+    reach = 99
 
     def __init__(self, rule: Callable[[tuple[int, ...]], Tensor]):
         self.rule, self.levels = rule, 0

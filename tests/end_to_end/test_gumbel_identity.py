@@ -75,7 +75,7 @@ def test_any_drafter_gives_the_same_tokens(recipe: Recipe) -> None:
     padded.resize_token_embeddings(VOCAB + 9, mean_resizing=False)
     shorter = noisy_copy(model(), 0.1)
     shorter.resize_token_embeddings(VOCAB - 9, mean_resizing=False)
-    heads = [kind.for_target(model()) for kind in (DFlashModel, EagleModel)]
+    heads = [DFlashModel.for_target(model()), DFlashModel.for_target(model(), recurrent=8), EagleModel.for_target(model())]
     for drafter in (model(), noisy_copy(model(), 0.3), build("gpt2", seed=4), padded, shorter, *heads):
         assert torch.equal(sampled(recipe.name, prompts(), 3, options, draft_model=drafter, length=5), expected)
 

@@ -204,9 +204,18 @@ def test_sampled_sequences_have_the_models_distribution_where_windows_start_from
 
 
 @pytest.mark.parametrize("name", ["speculative_sampling", "block_verification"])
-@pytest.mark.parametrize("kind", [DFlashModel, EagleModel])
-def test_sampled_sequences_have_the_models_distribution_where_heads_draft_for_a_model(name: str, kind: Any) -> None:
-    fast = polyspec.custom_generate(name, draft_model=kind.for_target(model()), length=3)
+@pytest.mark.parametrize(("kind", "sizes"), [(DFlashModel, {}), (DFlashModel, {"recurrent": 8}), (EagleModel, {})])
+def test_sampled_sequences_have_the_models_distribution_where_heads_draft_for_a_model(
+    name: str, kind: Any, sizes: dict[str, Any]
+) -> None:
+    fast = polyspec.custom_generate(name, draft_model=kind.for_target(model(), **sizes), length=3)
+    assert p_value(fast, "guided", FEWER) > THRESHOLD
+    assert partly_accepted(fast)
+
+
+@pytest.mark.parametrize("name", ["dflash", "ddtree"])
+def test_sampled_sequences_have_the_models_distribution_where_a_block_is_drafted_in_turn(name: str) -> None:
+    fast = polyspec.custom_generate(name, heads=DFlashModel.for_target(model(), recurrent=8), length=3)
     assert p_value(fast, "guided", FEWER) > THRESHOLD
     assert partly_accepted(fast)
 

@@ -46,6 +46,7 @@ from polyspec.training.trainer import collate
 PROMPTS = [[5, 9, 3, 7], [8], [30, 2, 2, 41, 17, 6], [11, 12]]
 LEARNERS: dict[str, tuple[str, Any, Objective, int]] = {
     "dflash": ("heads", lambda m: DFlashModel.for_target(m, block=5), DFlashObjective(anchors=16), 250),
+    "ddtree": ("heads", lambda m: DFlashModel.for_target(m, block=5, recurrent=32), DFlashObjective(anchors=16), 250),
     "eagle": ("heads", EagleModel.for_target, EagleObjective(classification=1.0), 250),
     "medusa": ("heads", lambda m: MedusaModel.for_target(m, heads=4), MedusaObjective(), 250),
     "speculative_sampling": (
