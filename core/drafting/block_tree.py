@@ -26,12 +26,12 @@ class BlockDrafter(Drafter, Protocol):
         ...
 
 
-def block_tree(inner: Callable[..., Any], nodes: int, **needs: Any) -> BlockTree | LikeliestTree:
+def block_tree(inner: Callable[..., Any], nodes: int, width: int = 4, **needs: Any) -> BlockTree | LikeliestTree:
     """The tree of the `nodes` likeliest paths for what `inner(**needs)` predicts: in one step where its positions are
-    independent, level by level where they depend on each other (`in_turn`)."""
+    independent, level by level, the `width` likeliest of each going on, where they depend on each other (`in_turn`)."""
     drafter = inner(**needs)
     if drafter.in_turn:
-        return LikeliestTree(lambda: drafter, nodes, width=nodes)
+        return LikeliestTree(lambda: drafter, nodes, width)
     return BlockTree(lambda: drafter, nodes)
 
 

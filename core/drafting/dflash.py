@@ -14,9 +14,10 @@ hidden states of several layers, h_t^{l_1} … h_t^{l_k}, become
 (ĥ: h over its root mean square) once, for each draft layer j with that layer's own matrices, and stay in the drafter's
 own cache. Embedding and output layer are the target's, shared and frozen. Exact under any exact rule.
 
-Not in the paper: with `bridge`, W_b [e(x_0); c_{-1}], c of the token before x_0, is added to every query, and every place
-has a mask embedding of its own. A block drafter trained for minutes rather than days has not learnt yet to fetch both by
-attention; it costs one matrix.
+Not in the paper: with `bridge`, W_b [e(x_0); c_{-1}], c of the token before x_0, is added to every query, every place has
+a mask embedding of its own, and the last of the hidden states fused is the target's last. A block drafter trained for minutes
+rather than days has not learnt yet to fetch all that by attention; it costs one matrix. It starts from W_fuse and W_b that
+hand the target's last hidden state on, so that the first predictions are the target's own of a token earlier (as EAGLE's).
 
 With `recurrent` = r > 0, place i also learns which tokens were drafted before it, from a state of width r that is carried
 along the block as in the Recurrent Drafter (2403.09919):
@@ -36,6 +37,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import initialization
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -144,6 +146,13 @@ class DFlashModel(HeadModel):
         self.recurrence = Recurrence(theirs, config.recurrent) if config.recurrent else None
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.bridge is not None and (module is self.fuse or module is self.bridge):
+            start = torch.empty_like(module.weight).normal_(0.0, 0.02)
+            start[:, -len(start) :].diagonal().add_(1)
+            initialization.copy_(module.weight, start)
+
     @classmethod
     def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
         sizes = {"num_hidden_layers": sizes.pop("layers", 1), **sizes}
@@ -154,6 +163,8 @@ class DFlashModel(HeadModel):
         chosen = sizes.pop("target_layers", 5)
         depth = target.config.num_hidden_layers
         layers = spread_layers(depth, chosen) if isinstance(chosen, int) else list(chosen)
+        if isinstance(chosen, int) and sizes.get("bridge"):
+            layers[-1] = depth
         if not layers or not all(0 <= i <= depth for i in layers):
             raise ConfigError(f"target_layers must name hidden states 0 … {depth} of the target, got {layers}")
         return {**super().default_sizes(target, sizes), "target_layers": layers}

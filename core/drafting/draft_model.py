@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from polyspec.distributions import fit_vocabulary
 from polyspec.drafting.base import Context, Draft
+from polyspec.drafting.lean_llama import draft_target
 from polyspec.drafting.medusa import take
 from polyspec.errors import ConfigError, InputError
 from polyspec.pipelines import load
@@ -85,7 +86,7 @@ class DraftModel:
         self.vocab_size, self.own_size = context.target.vocab_size, self.draft_target.input_size
         if self.loaded:
             self.model.to(context.target.device)  # type: ignore[arg-type]
-        self.draft_target = make_target(self.model, context.target.guidance)
+        self.draft_target = draft_target(self.model, context.target.guidance)
         s = context.sequences
         context.stats.draft_ratio = self.model.num_parameters() / context.target.model.num_parameters()
         tokens, mask, extra = self.prompts()

@@ -188,6 +188,18 @@ def test_hidden_states_are_spread_from_the_second_layer_to_the_third_last() -> N
         spread_layers(30, 0)
 
 
+def test_a_block_drafter_with_a_bridge_begins_with_what_the_target_predicted_last() -> None:
+    """Hidden states fused last and handed on by the bridge: the outputs point where the target's last hidden state does."""
+    model = DFlashModel.for_target(target("llama"), bridge=True)
+    assert model.config.target_layers is not None and model.config.target_layers[-1] == 2
+    hidden = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0))
+    others = (torch.randn(4, 6, 32),) * (len(model.config.target_layers) - 1)
+    last = model.context((*others, hidden))[:, -1]
+    queries = model.queries(torch.randn(4, 32), last)
+    alike = torch.nn.functional.cosine_similarity(queries[:, 1:], hidden[:, -1:], dim=-1)
+    assert (alike > 0.9).all()
+
+
 @pytest.mark.parametrize("recipe", HEADS)
 @pytest.mark.parametrize(
     ("other", "named"),

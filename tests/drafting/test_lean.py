@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from polyspec.cache import RaggedCache
 from polyspec.drafting import lean
 from polyspec.drafting.dflash import DFlashModel, LeanDFlash
 from polyspec.drafting.eagle import EagleModel, LeanEagle
 from polyspec.drafting.lean import Frozen, rows_of
+from polyspec.drafting.lean_llama import LeanLlama, draft_target, is_small_llama
 from polyspec.laid_out import derived, linear
-from tests.tiny_models import target
+from polyspec.target import Target
+from polyspec.trees import Tree
+from tests.tiny_models import DECODER, VOCAB, llama, target
 
 ROWS, WIDTH, BLOCK = 2, 32, 4
 SIZES: dict[str, dict[str, Any]] = {
@@ -182,3 +186,40 @@ def test_a_recurrence_is_what_the_model_gives_for_the_whole_block() -> None:
     changed = embedded.clone()
     changed[:, 0] += 1  # the first token matters to all places behind it, as far as the state carries
     assert ((model.along(hidden, changed) - expected).abs().amax((0, 2)) > 1e-6).all()
+
+
+def test_a_small_llama_gives_what_transformers_gives() -> None:
+    """A ragged batch, a tree behind it, more tokens behind one of its paths: logits of both ways to run the model, in
+    bfloat16 no further from the float32 ones than those of transformers."""
+    model = shaken(llama())
+    tokens = torch.randint(2, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
+    tree = Tree(torch.tensor([-1, -1, 0, 1]), height=2, width=2)
+
+    def logits(kind: type[Target]) -> Tensor:
+        assert is_small_llama(model)
+        ours = kind(model)
+        ours.prefill(tokens, mask, capacity=16)
+        nodes = ours.forward(tokens[:, :5], tree).logits
+        ours.keep_path(torch.tensor([[0, 1, 3], [0, 2, 4]]))
+        ours.rollback([n + 3 for n in (6, 3)])
+        return torch.cat([nodes, ours.forward(tokens[:, :1]).logits], dim=1).float()
+
+    expected = logits(Target)
+    torch.testing.assert_close(logits(LeanLlama), expected)
+    model.to(torch.bfloat16)
+    rounded, lean = ((logits(kind) - expected).pow(2).mean() for kind in (Target, LeanLlama))
+    assert lean < 1.5 * rounded
+
+
+def test_a_llama_that_somebody_changed_runs_as_it_is() -> None:
+    model = llama()
+    assert is_small_llama(model) and isinstance(draft_target(model), LeanLlama)
+    handle = model.model.layers[0].register_forward_hook(lambda *a: None)
+    assert not is_small_llama(model)
+    handle.remove()
+    stretched = LlamaForCausalLM(
+        LlamaConfig(**DECODER, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    )
+    for other in (target("qwen3"), target("gpt2"), stretched):
+        assert not is_small_llama(other) and not isinstance(draft_target(other), LeanLlama)
