@@ -53,6 +53,9 @@ class Pipeline:
         sample = NAME if pipelines.is_from(target, sample_path()) else None
         drafter = (overrides or {}).get("draft_model") or pipelines.shipped_drafter(sample, find_recipe(DRAFTED), "draft_model")
         self.method = pipelines.choose("image", recipe, DRAFTED if drafter else DEFAULT_RECIPE, overrides, sample)
+        # guided pictures vary more, of a draft fewer tokens are kept, and windows, which outlive a rejection, are faster
+        free = recipe is None and not overrides
+        self.guided = pipelines.choose("image", None, DEFAULT_RECIPE, None, sample) if free else self.method
         if isinstance(self.method.loop, Continuous):
             raise ConfigError(
                 f"recipe {self.method.recipe.name!r} is for continuous tokens, and this target's are discrete; give target=, a "
@@ -113,8 +116,9 @@ class Pipeline:
         sequences = Sequences(ids, target.image_tokens, mask=mask, emit=emit)
         sampling = knobs.pop("do_sample")
         processing = Processing(pipelines.processors(**knobs) if sampling else [], target.constraint)
-        draws = make_draws(self.method, sampling, seed, len(ids), ids.device)
-        stats = decode(self.method, target, sequences, processing, draws, {})
+        method = self.method if target.guidance is None else self.guided
+        draws = make_draws(method, sampling, seed, len(ids), ids.device)
+        stats = decode(method, target, sequences, processing, draws, {})
         tokens = sequences.result()[:, -target.image_tokens :]
         return Result(target.pictures(self.processor, tokens), stats)
 

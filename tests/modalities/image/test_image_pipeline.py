@@ -83,7 +83,9 @@ def test_the_default_draws_the_plain_loops_picture_with_a_drafter_and_without() 
         pipe = polyspec.pipeline("image", target=tiny_janus(), overrides=overrides)
         assert pipe.method.recipe.name == name
         assert same(plain.outputs, pipe(PROMPTS, seed=5, **knobs).outputs)
-    assert polyspec.pipeline("image").method.recipe.name == "gumbel_coupled"  # the sample's drafter is shipped
+    sample = polyspec.pipeline("image")  # whose drafter is shipped
+    assert sample("red heart", seed=0).stats.recipe == "gumbel_coupled"
+    assert sample("red heart", seed=0, guidance_scale=2.0).stats.recipe == "gumbel_jacobi"
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
