@@ -130,6 +130,7 @@ class DFlashModel(HeadModel):
 
     config_class = DFlashConfig
     config: DFlashConfig
+    added = ("recurrence.",)
 
     def __init__(self, config: DFlashConfig):
         super().__init__(config)
@@ -220,17 +221,17 @@ def spread_layers(depth: int, count: int) -> list[int]:
 
 
 class LeanRecurrence:
-    """A Recurrence made ready for drafting."""
+    """A Recurrence made ready for drafting; W_h h_i of all places is computed at once."""
 
     def __init__(self, model: Recurrence):
         self.hidden, self.token, self.state, self.out = (
             stacked([p]) for p in (model.hidden, model.token, model.state, model.out)
         )
 
-    def __call__(self, hidden: Tensor, embedded: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        total = self.hidden(hidden) + self.token(embedded)
-        state = functional.silu(total if state is None else total + self.state(state))
-        return hidden + self.out(state), state
+    def __call__(self, hidden: Tensor, embedded: Tensor, state: Tensor | None) -> Tensor:
+        """s_i from W_h h_i, e(x_{i-1}) and s_{i-1}."""
+        total = hidden + self.token(embedded)
+        return functional.silu(total if state is None else total + self.state(state))
 
 
 class LeanDFlash:
@@ -287,6 +288,8 @@ class DFlash(HeadDrafter[DFlashModel]):
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.bind(context)
         self.lean = derived(self.model, "lean", lambda: LeanDFlash(self.model))
+        small = self.in_turn and 2 * self.model.config.recurrent <= self.model.config.target_hidden_size
+        self.answer = self.layers.behind(self.model.recurrence.out) if small else None  # W_U W_o
         lengths = self.target.cache_lengths
         self.cache = RaggedCache(len(lengths), context.sequences.limit + self.model.config.block)
         self.keep_prompt(hidden)
@@ -330,34 +333,45 @@ class DFlash(HeadDrafter[DFlashModel]):
         return self.logits(self.places()[:, :count])
 
     def propose(self, count: int) -> Draft:
-        if self.lean.recurrence is None:
+        if not self.in_turn:
             return self.draw(self.block(count))
-        places, state = self.places()[:, :count], None
+        self.prepare(self.places()[:, :count])
+        state = None
 
         def predict(i: int, token: Tensor) -> Tensor:
             nonlocal state
-            out, state = self.lean.recurrence(places[:, i : i + 1], self.layers.embed(self.streams(token)), state)
-            return self.logits(out)
+            logits, state = self.follow(i, token, state)
+            return logits
 
-        return self.draw_in_turn(places.shape[1], predict)
+        return self.draw_in_turn(self.prepared[0].shape[1], predict)
+
+    def prepare(self, places: Tensor) -> None:
+        """Compute at once what places `[S, n, d_t]` have by themselves: h_i, W_h h_i and, if that helps, W_U h_i."""
+        assert self.lean.recurrence is not None
+        own = None if self.answer is None else self.layers.logits(places)
+        self.prepared = places, self.lean.recurrence.hidden(places), own
+
+    def follow(self, place: int, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits `[B, W, V]` at a prepared place behind `tokens [B, W]`, and states `[S, W, r]` from those before it."""
+        assert self.lean.recurrence is not None
+        places, hidden, own = (None if x is None else x[:, place : place + 1] for x in self.prepared)
+        embedded = self.layers.embed(self.streams(tokens))
+        state = self.lean.recurrence(hidden, embedded, state)
+        if self.answer is None:
+            return self.logits(places + self.lean.recurrence.out(state)), state
+        return self.guided(own + self.answer(state)), state
 
     def root(self) -> Tensor:
-        self.reached, self.states = self.places(), None
-        return self.behind(self.sequences.tail(1), 0, None)
+        self.prepare(self.places())
+        logits, self.states = self.follow(0, self.sequences.tail(1), None)
+        return logits
 
     def level(self, tokens: Tensor, tree: Tree) -> Tensor:
         above = self.streams(tree.parents[:, -tokens.shape[1] :] + 1)
-        assert self.states is not None
         state = self.states.gather(1, above[..., None].expand(-1, -1, self.states.shape[-1]))
-        return self.behind(tokens, tree.height, state)
-
-    def behind(self, tokens: Tensor, place: int, state: Tensor | None) -> Tensor:
-        """Logits `[B, W, V]` at a place behind `tokens [B, W]`, the states `[S, W, r]` of the places before them known."""
-        assert self.lean.recurrence is not None
-        embedded = self.layers.embed(self.streams(tokens))
-        out, now = self.lean.recurrence(self.reached[:, place : place + 1], embedded, state)
-        self.states = now if self.states is None else torch.cat([self.states, now], dim=1)
-        return self.logits(out)
+        logits, state = self.follow(tree.height, tokens, state)
+        self.states = torch.cat([self.states, state], dim=1)
+        return logits
 
     def rollback(self) -> None:
         pass  # a block never enters the cache for good

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from polyspec.drafting.base import Context, Draft
 from polyspec.drafting.lean import Frozen, rows_of
 from polyspec.errors import CheckpointError, ConfigError, UnsupportedModelError
-from polyspec.laid_out import derived
+from polyspec.laid_out import Linear, derived, linear
 from polyspec.pipelines import load
 from polyspec.target import Target, make_target
 
@@ -48,6 +48,8 @@ class HeadModel(PreTrainedModel):
 
     config_class: ClassVar[type[HeadConfig]] = HeadConfig
     config: HeadConfig
+    added: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of weights that training may add to heads which were trained without them."""
     _supports_sdpa = True
     vocab_map: Tensor | None
 
@@ -200,6 +202,20 @@ class TokenLayers:
             return self.rows(hidden)
         logits = self.output(hidden)[..., : self.vocab_size]
         return logits if self.vocab_map is None else logits[..., self.vocab_map]
+
+    def behind(self, inner: nn.Linear) -> Linear | None:
+        """What the output layer makes of `inner`'s outputs as one matrix, in place of two; None if it is more than one
+        itself. Without its bias."""
+        if not isinstance(self.output, nn.Linear):
+            return None
+        chosen = slice(self.vocab_size) if self.vocab_map is None else self.vocab_map
+
+        def product() -> Linear:
+            weight = self.output.weight.detach()[chosen]
+            return linear((weight.float() @ inner.weight.detach().float()).to(weight.dtype))
+
+        ids = [] if self.vocab_map is None else [self.vocab_map]
+        return derived(inner, "behind", product, self.output.weight, *ids)
 
     def own_ids(self, tokens: Tensor) -> Tensor:
         """Target ids `[..]` as ids of the head's vocabulary, -100 for tokens it does not predict."""

@@ -45,7 +45,7 @@ def train(config: Mapping[str, Any]) -> Path:
 
     Keys: modality, target (folder, hub id, None: the modality's sample), output, device, dtype, prompts (None: the
     modality's own), data (what its `own_data` takes, and `folder`), vocabulary (size of the trimmed one, None: all
-    tokens), start (folder of trained heads of the same shape to go on from, or None), head, objective, schedule (things to
+    tokens), start (folder of trained heads of the same sizes to go on from, or None), head, objective, schedule (things to
     instantiate). Raises ConfigError, InputError or CheckpointError before
     anything long starts.
     """
@@ -109,18 +109,22 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
 
 
 def begin_from(folder: str | Path, model: PreTrainedModel) -> None:
-    """Give `model` the weights of a checkpoint of the same kind and sizes; CheckpointError if it is another or damaged."""
+    """Give `model` the weights of a checkpoint of the same kind and sizes, which may lack parts of a model that can be
+    `added`; CheckpointError if it is another or damaged."""
     file = Path(folder) / SAFE_WEIGHTS_NAME
     try:
-        load_model(model, str(file))
+        lacking, beyond = load_model(model, str(file), strict=False)
+        if wrong := [name for name in lacking if not name.startswith(getattr(model, "added", ()))] + list(beyond):
+            raise ValueError(f"{wrong[0]} is not in both")
         stored = json.loads((Path(folder) / CONFIG_NAME).read_text())
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(
             f"cannot start from {file} ({reason}); give a folder with heads of the kind and sizes that are to be trained"
         ) from error
-    if hasattr(model.config, "even_embeddings"):  # what the weights were trained to read
-        model.config.even_embeddings = stored.get("even_embeddings", False)
+    for name, unsaid in (("even_embeddings", False), ("target_layers", None)):  # what the weights were trained to read
+        if hasattr(model.config, name):
+            setattr(model.config, name, stored.get(name, unsaid))
 
 
 def make_folder(folder: Path) -> None:

@@ -144,9 +144,13 @@ def test_what_a_block_drafter_keeps_is_what_it_would_compute_from_scratch() -> N
 
 
 @pytest.mark.parametrize("guidance", [None, 1.7], ids=["plain", "guided"])
-def test_a_tree_drafted_in_turn_predicts_at_every_node_what_its_path_alone_would(guidance: float | None) -> None:
+@pytest.mark.parametrize("state", [8, 24], ids=["one matrix", "two matrices"])
+@pytest.mark.parametrize("trimmed", [False, True], ids=["all tokens", "few"])
+def test_a_tree_drafted_in_turn_predicts_at_every_node_what_its_path_alone_would(
+    guidance: float | None, state: int, trimmed: bool
+) -> None:
     """The states of a level are its parents' carried on: against `along` over each node's whole path."""
-    model = untrained("ddtree")
+    model = untrained("ddtree", recurrent=state, vocabulary=torch.arange(1, VOCAB, 2) if trimmed else None)
     assert isinstance(model, DFlashModel) and model.recurrence is not None
     torch.nn.init.normal_(model.recurrence.out.weight)
     depths: list[int] = []
@@ -168,7 +172,7 @@ def test_a_tree_drafted_in_turn_predicts_at_every_node_what_its_path_alone_would
                         above = int(tree.parents[row, above])
                     path = [int(self.sequences.tail(1)[row, 0]), *reversed(path)]
                     embedded = self.layers.embed(torch.tensor([path])).expand(len(streams), -1, -1)
-                    alone = model.along(self.reached[streams, : len(path)], embedded)[:, -1:]
+                    alone = model.along(self.prepared[0][streams, : len(path)], embedded)[:, -1:]
                     torch.testing.assert_close(logits[row, node - first], self.logits(alone)[0, 0], rtol=1e-4, atol=1e-4)
                     depths.append(len(path))
             return logits

@@ -315,6 +315,18 @@ def test_the_whole_way_from_a_configuration(tmp_path: Path) -> None:
     assert not MedusaModel.from_pretrained(tmp_path / "newer").config.even_embeddings
     with pytest.raises(polyspec.CheckpointError, match="cannot start from"):
         train({**settings, "output": str(tmp_path / "wider"), "start": str(tmp_path / "heads"), "vocabulary": 12})
+    block = {**settings["head"], "_target_": "polyspec.drafting.dflash.DFlashModel.for_target", "target_layers": [0, 1]}
+    del block["heads"]
+    settings |= {"objective": {"_target_": "polyspec.training.objectives.DFlashObjective"}, "head": block, "schedule": steps}
+    train({**settings, "output": str(tmp_path / "block")})
+    later = {**block, "recurrent": 4, "target_layers": [1, 2]}  # a state may be added to heads that had none
+    train({**settings, "output": str(tmp_path / "state"), "start": str(tmp_path / "block"), "head": later})
+    old, new = (DFlashModel.from_pretrained(tmp_path / name) for name in ("block", "state"))
+    assert new.recurrence is not None and new.config.target_layers == [0, 1]
+    for name, weight in old.state_dict().items():
+        torch.testing.assert_close(new.state_dict()[name], weight, atol=1e-6, rtol=0)
+    with pytest.raises(polyspec.CheckpointError, match="cannot start from"):  # but not taken away
+        train({**settings, "output": str(tmp_path / "none"), "start": str(tmp_path / "state")})
     with pytest.raises(polyspec.ConfigError, match="modality"):
         train({**settings, "modality": "music"})
     with pytest.raises(polyspec.CheckpointError, match="no head for image tokens"):
