@@ -150,9 +150,10 @@ class DFlashModel(HeadModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if self.bridge is not None and (module is self.fuse or module is self.bridge):
-            start = torch.empty_like(module.weight).normal_(0.0, 0.02)
+            weight = cast(nn.Linear, module).weight
+            start = torch.empty_like(weight).normal_(0.0, 0.02)
             start[:, -len(start) :].diagonal().add_(1)
-            initialization.copy_(module.weight, start)
+            initialization.copy_(weight, start)
 
     @classmethod
     def default_sizes(cls, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -288,8 +289,9 @@ class DFlash(HeadDrafter[DFlashModel]):
     def begin(self, context: Context, hidden: tuple[Tensor, ...] | None) -> None:
         self.bind(context)
         self.lean = derived(self.model, "lean", lambda: LeanDFlash(self.model))
-        small = self.in_turn and 2 * self.model.config.recurrent <= self.model.config.target_hidden_size
-        self.answer = self.layers.behind(self.model.recurrence.out) if small else None  # W_U W_o
+        recurrence, config = self.model.recurrence, self.model.config
+        small = 2 * config.recurrent <= config.target_hidden_size
+        self.answer = self.layers.behind(recurrence.out) if recurrence is not None and small else None  # W_U W_o
         lengths = self.target.cache_lengths
         self.cache = RaggedCache(len(lengths), context.sequences.limit + self.model.config.block)
         self.keep_prompt(hidden)
@@ -343,23 +345,22 @@ class DFlash(HeadDrafter[DFlashModel]):
             logits, state = self.follow(i, token, state)
             return logits
 
-        return self.draw_in_turn(self.prepared[0].shape[1], predict)
+        return self.draw_in_turn(self.prepared.shape[1], predict)
 
     def prepare(self, places: Tensor) -> None:
         """Compute at once what places `[S, n, d_t]` have by themselves: h_i, W_h h_i and, if that helps, W_U h_i."""
         assert self.lean.recurrence is not None
-        own = None if self.answer is None else self.layers.logits(places)
-        self.prepared = places, self.lean.recurrence.hidden(places), own
+        self.prepared, self.known = places, self.lean.recurrence.hidden(places)
+        self.own = None if self.answer is None else self.layers.logits(places)
 
     def follow(self, place: int, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits `[B, W, V]` at a prepared place behind `tokens [B, W]`, and states `[S, W, r]` from those before it."""
         assert self.lean.recurrence is not None
-        places, hidden, own = (None if x is None else x[:, place : place + 1] for x in self.prepared)
-        embedded = self.layers.embed(self.streams(tokens))
-        state = self.lean.recurrence(hidden, embedded, state)
-        if self.answer is None:
-            return self.logits(places + self.lean.recurrence.out(state)), state
-        return self.guided(own + self.answer(state)), state
+        at = slice(place, place + 1)
+        state = self.lean.recurrence(self.known[:, at], self.layers.embed(self.streams(tokens)), state)
+        if self.answer is None or self.own is None:
+            return self.logits(self.prepared[:, at] + self.lean.recurrence.out(state)), state
+        return self.guided(self.own[:, at] + self.answer(state)), state
 
     def root(self) -> Tensor:
         self.prepare(self.places())

@@ -172,7 +172,7 @@ def test_a_tree_drafted_in_turn_predicts_at_every_node_what_its_path_alone_would
                         above = int(tree.parents[row, above])
                     path = [int(self.sequences.tail(1)[row, 0]), *reversed(path)]
                     embedded = self.layers.embed(torch.tensor([path])).expand(len(streams), -1, -1)
-                    alone = model.along(self.prepared[0][streams, : len(path)], embedded)[:, -1:]
+                    alone = model.along(self.prepared[streams, : len(path)], embedded)[:, -1:]
                     torch.testing.assert_close(logits[row, node - first], self.logits(alone)[0, 0], rtol=1e-4, atol=1e-4)
                     depths.append(len(path))
             return logits
