@@ -21,6 +21,9 @@ from polyspec.trees import Tree, best_first_block, eagle2_select
 class BlockDrafter(Drafter, Protocol):
     """A drafter that predicts several positions at once."""
 
+    vocabulary: Tensor | None
+    """Once begun: ids of the tokens that it may draft `[V_d]`, None for all; others are -inf in what it predicts."""
+
     def block(self, count: int) -> Tensor:
         """Logits `[B, n, V]` of the next n ≤ `count` positions, each predicted without knowing the others' tokens."""
         ...
@@ -55,8 +58,10 @@ class BlockTree:
         logits = self.inner.block(count)
         # ranking needs no processor that looks at the drafted prefix: it only orders candidates
         scores = processing.scores(logits, s, s.tail(1)[:, :0]) if processing.history_free else logits.float()
-        q = self.context.draws.outlook(scores, s.positions(logits.shape[1])).softmax(-1)
+        outlook, ids = self.context.draws.outlook(scores, s.positions(logits.shape[1])), self.inner.vocabulary
+        q = (outlook if ids is None else outlook[..., ids]).softmax(-1)  # others are not worth an exponential
         tokens, tree, value = best_first_block(q, self.nodes)
+        tokens = tokens if ids is None else ids[tokens]
         size = self.context.length.budget(value.sort(descending=True).values)
         if size < tree.size:
             keep, parents = eagle2_select(value, tree.parents, size)

@@ -52,6 +52,7 @@ class DraftModel:
 
     hidden_layers: tuple[int, ...] = ()
     reach = sys.maxsize
+    vocabulary: Tensor | None = None
     copies = 1
     """Prompts that this model drafts from for every row, in one batch: copy k of row b is its stream kB + b."""
 

@@ -248,6 +248,11 @@ class HeadDrafter(Generic[M]):
     def hidden_layers(self) -> tuple[int, ...]:
         return tuple(self.model.config.target_layers or ())
 
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """Ids of the tokens that are ever drafted `[V_d]`, on the target's device once begun; None for all."""
+        return self.model.vocab_map
+
     def check(self, target: Target) -> None:
         """CheckpointError unless the heads fit `target`; to be asked before the target runs."""
         self.model.check(target)

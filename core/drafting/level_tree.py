@@ -33,6 +33,8 @@ class LevelDrafter(Drafter, Protocol):
 
     reach: int
     """How many levels it can score."""
+    vocabulary: Tensor | None
+    """Once begun: ids of the tokens that it may draft `[V_d]`, None for all; others are -inf in what it scores."""
 
     def root(self) -> Tensor:
         """Logits `[B, 1, V]` of what follows each row's last committed token."""
@@ -119,19 +121,21 @@ class LikeliestTree(LevelTree):
         self.threshold = threshold
 
     def propose(self, count: int) -> Draft:
-        children = self.most(self.width)
-        scores = self.plant()
+        scores, ids = self.plant(), self.inner.vocabulary
+        children = min(self.most(self.width), scores.shape[-1] if ids is None else len(ids))
         path = scores.new_zeros(len(scores), 1)  # log V of the level's nodes
         expected = scores.new_zeros(len(scores))
         paths, parents, tokens, before, start = [], [], [], -1, 0
         count = min(count, self.inner.reach)
         for level in range(count):
             q = self.context.draws.outlook(scores, self.positions())
+            q = q if ids is None else q[..., ids]  # what is never drafted is not worth an exponential
             best = q.topk(children)
             log_q = best.values - q.logsumexp(-1, keepdim=True)
             log_q = log_q.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # nothing may follow: last, like what has q = 0
             path, under, rank = eagle2_expand(path, log_q, max(self.width, self.nodes))
             token = best.indices.flatten(1).gather(1, under * children + rank)
+            token = token if ids is None else ids[token]
             for found, new in ((paths, path), (parents, under + before), (tokens, token)):
                 found.append(new)
             before, start = start, start + token.shape[1]

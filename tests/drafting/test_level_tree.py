@@ -219,6 +219,7 @@ class Scripted:
 
     hidden_layers: tuple[int, ...] = ()
     reach = 99
+    vocabulary = None
 
     def __init__(self, rule: Callable[[tuple[int, ...]], Tensor]):
         self.rule, self.levels = rule, 0
