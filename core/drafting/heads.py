@@ -348,6 +348,7 @@ class HeadDrafter(Generic[M]):
         for i in range(count):
             scores = context.processing.scores(predict(i, token), s, drafts, first=i)
             token, q = context.draws.draft(scores, positions[:, i : i + 1])
+            token = token.clamp_min(0)  # -1 where nothing of the head's vocabulary may stand: never kept
             drafts = torch.cat([drafts, token], dim=1)
             probs.append(q)
             if not context.length.keep_drafting(scores):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, build, target
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import polyspec
 from polyspec.cache import RaggedCache
@@ -95,6 +96,29 @@ def test_a_trimmed_vocabulary_drafts_only_its_tokens_and_keeps_the_output(recipe
     assert logits.isfinite().sum() == 2 * 3 * len(few)
     assert layers.own_ids(few).tolist() == list(range(len(few)))
     assert layers.own_ids(torch.tensor([0])).tolist() == [-100]
+
+
+class Only(LogitsProcessor):
+    """Leaves one token, by turns one that the head predicts and one that it does not."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        token = 3 + input_ids.shape[1] % 2
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_where_no_token_of_a_trimmed_vocabulary_may_stand_nothing_of_it_is_kept(recipe: str, do_sample: bool) -> None:
+    heads = untrained(recipe, vocabulary=torch.arange(1, VOCAB, 2))
+    out = target("llama").generate(
+        **prompts(4),
+        do_sample=do_sample,
+        max_new_tokens=8,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([Only()]),
+        custom_generate=polyspec.custom_generate(recipe, heads=heads, length=3),
+    )
+    assert (out[:, 9:] == 3 + torch.arange(9, 17) % 2).all()
 
 
 def test_a_block_drafter_may_be_narrower_than_its_target() -> None:
