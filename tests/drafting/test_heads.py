@@ -102,8 +102,8 @@ class Only(LogitsProcessor):
     """Leaves one token, by turns one that the head predicts and one that it does not."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        token = 3 + input_ids.shape[1] % 2
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
+        others = torch.arange(scores.shape[1]) != 3 + input_ids.shape[1] % 2
+        return scores.masked_fill(others, -torch.inf)
 
 
 @pytest.mark.parametrize("recipe", HEADS)
