@@ -334,10 +334,19 @@ class HeadDrafter(Generic[M]):
         """Tokens from logits `[B, N, V]` of N independent positions, drawn as the target's tokens will be."""
         s, draws, processing = self.sequences, self.context.draws, self.context.processing
         if processing.history_free:
-            scores = processing.scores(logits, s, s.tail(1)[:, :0])
+            scores = self.drawable(processing.scores(logits, s, s.tail(1)[:, :0]))
             return Draft(*draws.draft(scores, s.positions(logits.shape[1])))
         # what a position may hold depends on what was drawn before it
         return self.draw_in_turn(logits.shape[1], lambda i, token: logits[:, i : i + 1])
+
+    def drawable(self, scores: Tensor) -> Tensor:
+        """Scores `[B, T, V]` of which something can be drawn: where processors rule out all tokens that the heads predict,
+        token 0, a certain draft like any other."""
+        processing = self.context.processing
+        if self.vocabulary is None or not (processing.processors or processing.constraint):
+            return scores
+        none = scores.amax(-1) == -torch.inf
+        return torch.cat([scores[..., :1].masked_fill(none[..., None], 0.0), scores[..., 1:]], dim=-1)
 
     def draw_in_turn(self, count: int, predict: Callable[[int, Tensor], Tensor]) -> Draft:
         """The same, position by position: predict(i, token `[B, 1]` of the position before) gives logits `[B, 1, V]` of
@@ -346,9 +355,9 @@ class HeadDrafter(Generic[M]):
         token = s.tail(1)
         drafts, probs = token[:, :0], []
         for i in range(count):
-            scores = context.processing.scores(predict(i, token), s, drafts, first=i)
+            scores = self.drawable(context.processing.scores(predict(i, token), s, drafts, first=i))
             token, q = context.draws.draft(scores, positions[:, i : i + 1])
-            token = token.clamp_min(0)  # -1 where nothing of the head's vocabulary may stand: never kept
+            token = token.clamp_min(0)  # -1 where the scores are NaN: the rule says so
             drafts = torch.cat([drafts, token], dim=1)
             probs.append(q)
             if not context.length.keep_drafting(scores):
