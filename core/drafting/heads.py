@@ -345,8 +345,8 @@ class HeadDrafter(Generic[M]):
         processing = self.context.processing
         if self.vocabulary is None or not (processing.processors or processing.constraint):
             return scores
-        none = scores.amax(-1) == -torch.inf
-        return torch.cat([scores[..., :1].masked_fill(none[..., None], 0.0), scores[..., 1:]], dim=-1)
+        scores[..., 0].masked_fill_(scores.amax(-1) == -torch.inf, 0.0)  # in place: processors were given a copy
+        return scores
 
     def draw_in_turn(self, count: int, predict: Callable[[int, Tensor], Tensor]) -> Draft:
         """The same, position by position: predict(i, token `[B, 1]` of the position before) gives logits `[B, 1, V]` of
