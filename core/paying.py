@@ -22,12 +22,14 @@ from polyspec.lengths import LengthPolicy, positive
 @dataclass(frozen=True, slots=True)
 class Prices:
     """What the parts of a round cost, in head calls of the plain loop: the target over one token; `first` drafts one token
-    and judges it, each one more costs `more`; `ahead` is a head call over a window of denoising steps."""
+    and judges it, each one more costs `more`; `ahead` is a head call over a window of denoising steps. `kept` is the share
+    of drafted tokens that stood while this was measured: what is believed of them before a run has tried any."""
 
     alone: float
     first: float
     more: float
     ahead: float
+    kept: float = 1.0
 
     def round(self, count: int) -> float:
         """Of a round that drafts `count` tokens, but for its chains."""
@@ -92,8 +94,8 @@ DECAY = 0.8  # a round, of what was learnt
 class Paying:
     """What costs least a token: up to `length` tokens, with or without the window of denoising steps.
 
-    What might pay is tried at once, drafts with one token; what does not is tried again so seldom that it costs 1 % of the
-    time. prices: a mapping with the fields of `Prices` in place of measured ones, for the same choices on any machine.
+    What might pay is tried at once, drafts with one token; what does not is tried so seldom that it costs 1 % of the time.
+    prices: a mapping with the fields of `Prices` in place of measured ones, for the same choices on any machine.
     """
 
     def __init__(self, length: int, prices: Any = None):
@@ -111,7 +113,7 @@ class Paying:
         self.pause: dict[str, float] = {}
 
     def round_cost(self, count: int, window: int) -> float:
-        """Of a round, in head calls; hoping the best of what was never tried."""
+        """Of a round, in head calls."""
         whole = 1 - (1 - self.acceptance**count) ** self.rows
         share = self.left / self.short if self.short else 0.5
         steps = self.steps * (whole + (1 - whole) * share)
@@ -121,7 +123,7 @@ class Paying:
 
     @property
     def acceptance(self) -> float:
-        return self.kept / self.tried if self.tried else 1.0
+        return self.kept / self.tried if self.tried else self.cost.kept
 
     def gain(self, count: int) -> float:
         """Tokens of a round that drafts `count`."""
@@ -174,4 +176,6 @@ def given_prices(prices: Any) -> Prices:
         raise ConfigError(f"prices must give alone, first, more and ahead, each a number, not {prices!r}") from error
     if min(found.alone, found.first, found.more, found.ahead) < 0:
         raise ConfigError(f"prices must be ≥ 0, got {found}")
+    if not 0 <= found.kept <= 1:
+        raise ConfigError(f"prices must give kept in [0, 1], got {found.kept}")
     return found

@@ -56,6 +56,13 @@ def test_drafting_is_never_much_dearer_than_plain_decoding(world: str) -> None:
     assert spent(prices, prices, acceptance, held, 10 * TOKENS) < 1.03 * 10 * PLAIN
 
 
+def test_what_is_known_of_drafts_before_a_run_saves_trying_them() -> None:
+    known = replace(DEAR, kept=0.02)
+    tried, saved = (spent(prices, prices, lambda i: 0.02, 1) for prices in (DEAR, known))
+    assert tried - saved >= 0.5 * DEAR.first, "the window, which is not known before, is tried all the same"
+    assert spent(CHEAP, replace(CHEAP, kept=0.9), lambda i: 0.95, 1) < 0.6 * PLAIN, "what pays is taken"
+
+
 def test_what_pays_is_taken() -> None:
     assert spent(CHEAP, CHEAP, lambda i: 0.95, 6) < 0.5 * PLAIN
     assert spent(CHEAP, CHEAP, lambda i: 0.05, 6) < 0.6 * PLAIN, "the window alone"
@@ -80,6 +87,9 @@ def test_prices_tell_a_slow_draft_from_a_fast_one(tmp_path, monkeypatch) -> None
                 super().means(condition, x, step)
             return super().means(condition, x, step)
 
+    class Far(LinearGaussian):
+        size = 102
+
     found: dict[str, Prices] = {}
 
     def watched(name):
@@ -90,12 +100,13 @@ def test_prices_tell_a_slow_draft_from_a_fast_one(tmp_path, monkeypatch) -> None
         return prices
 
     counts = {}
-    for name, draft in (("fast", LinearGaussian(0.05)), ("slow", Slow(0.05))):
+    for name, draft in (("fast", LinearGaussian(0.05)), ("slow", Slow(0.05)), ("far", Far(5.0))):
         monkeypatch.setattr("polyspec.decoding.continuous.prices_of", watched(name))
         _, stats = decode(LinearGaussian(), draft, rows=1000, policy=Paying(2))
         counts[name] = stats.draft_calls
     assert found["slow"].first > 2 * found["fast"].first
     assert counts["slow"] == 0
+    assert found["fast"].kept > 0.5 > 0.1 > found["far"].kept
     kept = (tmp_path / "prices.json").read_text()
     monkeypatch.setattr(prices_module, "KNOWN", {})
     decode(LinearGaussian(), Slow(0.05), rows=1000, policy=Paying(2))
@@ -105,7 +116,16 @@ def test_prices_tell_a_slow_draft_from_a_fast_one(tmp_path, monkeypatch) -> None
     decode(LinearGaussian(), LinearGaussian(0.05), rows=10, policy=Paying(2))
 
 
-@pytest.mark.parametrize("given", [{"alone": 1}, {"alone": 1, "first": -1, "more": 1, "ahead": 1}, 3, {"alone": "x"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"alone": 1},
+        {"alone": 1, "first": -1, "more": 1, "ahead": 1},
+        {"alone": 1, "first": 1, "more": 1, "ahead": 1, "kept": 2},
+        3,
+        {"alone": "x"},
+    ],
+)
 def test_prices_that_are_none_are_refused(given) -> None:
     with pytest.raises(ConfigError, match="prices must"):
         Paying(2, prices=given)

@@ -45,5 +45,5 @@ def model(layers: int = 2, seed: int = 0, **config: Any) -> LatentImageModel:
 
 def target(**config: Any) -> tuple[Any, ...]:
     """(model, tokenizer, vae, draft model)."""
-    draft = {k: v for k, v in config.items() if k in ("denoising_steps", "scheduler", "last_std")}
+    draft = {k: v for k, v in config.items() if k in ("denoising_steps", "scheduler", "last_std", "order")}
     return model(**config), tokenizer(), vae(), model(layers=1, seed=2, **draft)

@@ -1,7 +1,7 @@
 """`polyspec task=bench`: recipes against transformers' own generate and the plain loop, interleaved in one run.
 
-For every batch of prompts each contestant runs in turn, so that a machine whose speed drifts slows all of them alike;
-what is reported are medians of the ratios taken batch by batch. Beside each speed-up stands its ceiling,
+For every batch of prompts each contestant runs in turn, another one first each time, so that a machine whose speed drifts
+slows all of them alike; what is reported are medians of the ratios taken batch by batch. With each speed-up come its ceiling,
 `tokens per call × time of a 1-token call / time of an N-token call` with all three measured in the same run, and
 `efficiency = speed-up of decoding / ceiling`: how much of the possible gain the loop and the drafter leave. Decoding is all
 but what the plain loop spends on taking in the prompt and on making sound or pictures of tokens, which no recipe can save. In
@@ -139,7 +139,8 @@ def time_all(
     with Progress(console=console, transient=True) as bar:
         job = bar.add_task("bench", total=(repeats * len(batches) + 2) * len(contestants) - 2)
         for number, batch in enumerate([batches[0], *(list(batches) * repeats)]):
-            for c in contestants:
+            turn = number % len(contestants)  # nobody always runs behind the same one
+            for c in [*contestants[turn:], *contestants[:turn]]:
                 if number == 0 and hasattr(evaluate, "prepare"):
                     evaluate.prepare(c.pipe, batches)
                 seconds, stats, outputs = measure(c, evaluate, plain, batch, arguments, seed)

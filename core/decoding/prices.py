@@ -1,4 +1,5 @@
-"""What drafting continuous tokens costs beside plain decoding, measured once a machine and pair of models.
+"""What drafting continuous tokens costs beside plain decoding and how many drafts stand, measured once a machine and pair of
+models.
 
 Found prices are kept in a file of the cache folder, since choices made from them decide what a seed gives: the same seed
 gives the same picture in the next process too.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,9 @@ def prices_of(loop: Any, context: LatentContext, drafter: Any) -> Prices:
     key = key_of(loop, context, drafter)
     if key not in KNOWN:
         stored = read()
-        KNOWN[key] = given_prices(stored[key]) if key in stored else measure(loop, context, drafter)
-        if key not in stored:
+        complete = key in stored and "kept" in stored[key]
+        KNOWN[key] = given_prices(stored[key]) if complete else measure(loop, context, drafter)
+        if not complete:
             write(stored | {key: asdict(KNOWN[key])})
     return KNOWN[key]
 
@@ -47,10 +49,17 @@ def prices_of(loop: Any, context: LatentContext, drafter: Any) -> Prices:
 def key_of(loop: Any, context: LatentContext, drafter: Any) -> str:
     target = context.target
     device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else target.device.type
+    models = (weights_mark(getattr(target, "model", None)), weights_mark(getattr(drafter, "model", None)))
     parts = (platform.node(), device, torch.get_num_threads(), torch.__version__, type(target).__name__, target.size)
     shape = (len(target.sampler), target.dim, context.sequences.batch, context.guidance != 1, loop.window)
     rule = getattr(loop.rule, "func", loop.rule)
-    return " ".join(str(x) for x in (*parts, *shape, rule.__name__, *getattr(drafter, "marks", ())))
+    return " ".join(str(x) for x in (*parts, *models, *shape, rule.__name__, *getattr(drafter, "marks", ())))
+
+
+def weights_mark(model: Any) -> str:
+    """What tells the weights of one model from another's of its size, whose drafts stand more or less often."""
+    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    return f"{float(parameters[-1].detach().double().sum()):.9g}" if parameters else ""
 
 
 def measure(loop: Any, context: LatentContext, drafter: Any) -> Prices:
@@ -62,6 +71,7 @@ def measure(loop: Any, context: LatentContext, drafter: Any) -> Prices:
     tail, every = sequences.tail(), torch.arange(total, device=device)
     noise = gaussian_noise(context.seeds, every.expand(rows, -1), target.dim)
     drafting = hasattr(drafter, "propose_latents")
+    chances: list[torch.Tensor] = []  # of each draft, [B, N, T]
 
     def alone() -> float:
         conditions = target.forward(tail)
@@ -81,6 +91,7 @@ def measure(loop: Any, context: LatentContext, drafter: Any) -> Prices:
             draft = drafter.propose_latents(count)
             conditions = target.forward(torch.cat([tail, draft.tokens], dim=1))
             verdict = loop.judge(scratch, conditions[:, :-1], draft)
+            chances.append(verdict.chance)
             target.rollback([0] * rows)
             drafter.observe_latents()
             return 1 + 0 * float(verdict.start.sum())
@@ -110,7 +121,15 @@ def measure(loop: Any, context: LatentContext, drafter: Any) -> Prices:
     more = max(0.0, seconds.get("many", 0.0) / step - first) / (MANY - 1)
     one_by_one = "ahead" not in parts or calls["ahead"] <= 1
     window = 1.0 if one_by_one else max(0.0, seconds["ahead"] - step) / (calls["ahead"] - 1) / step
-    return Prices(seconds["alone"] / step, first, more, window)
+    return Prices(seconds["alone"] / step, first, more, window, kept=share_kept(chances))
+
+
+def share_kept(chances: Sequence[torch.Tensor]) -> float:
+    """The share of drafted tokens that stand, of those that nothing rejected stood before; chances: `[B, N, T]` each, a
+    denoising step's. 1 where nothing was drafted."""
+    stands = [c.double().prod(-1).cumprod(1) for c in chances]
+    tried = sum(float(s[:, :-1].sum()) + len(s) for s in stands)
+    return sum(float(s.sum()) for s in stands) / tried if tried else 1.0
 
 
 def read() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A causal transformer over text and image latents whose next latent is drawn by a diffusion head.
 
 Autoregressive Image Generation without Vector Quantization (MAR), 2406.11838, section 3: the transformer gives a
-condition for each latent, and a small MLP, asked once a denoising step, its distribution. Here in raster order.
+condition for each latent, and a small MLP, asked once a denoising step, its distribution. In raster order, or in any
+order, as a causal model can learn it (RandAR, 2412.01827): beside each latent stands which place comes next.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
 
 from polyspec.denoising import Sampler
+from polyspec.errors import ConfigError
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -29,7 +31,8 @@ SCHEDULER = {
 
 class LatentImageConfig(PreTrainedConfig):
     """Sizes; the scheduler of diffusers' `DDPMScheduler`, how many of its steps are taken and the last one's noise (None: the
-    scheduler's); the latents' mean and deviation (of each channel), which the model's tokens are without; guidance_scale."""
+    scheduler's); the latents' mean and deviation (of each channel), which the model's tokens are without; guidance_scale;
+    order: "raster", or "random" for a model that draws its places in any order."""
 
     model_type = "polyspec_latent_image"
 
@@ -50,8 +53,12 @@ class LatentImageConfig(PreTrainedConfig):
         latent_mean: float | list[float] = 0.0,
         latent_std: float | list[float] = 1.0,
         guidance_scale: float = 1.0,
+        order: str = "raster",
         **kwargs: Any,
     ):
+        if order not in ("raster", "random"):
+            raise ConfigError(f"order must be raster or random, got {order!r}")
+        self.order = order
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.head_size, self.head_layers = head_size, head_layers
@@ -121,7 +128,7 @@ class DiffusionHead(nn.Module):
 
 
 class LatentImageModel(PreTrainedModel):
-    """`<s> words <boi>`, then `grid²` latents in raster order."""
+    """`<s> words <boi>`, then `grid²` latents in raster order, or in any."""
 
     config_class = LatentImageConfig
     config: LatentImageConfig
@@ -140,7 +147,9 @@ class LatentImageModel(PreTrainedModel):
             )
         )
         self.enter = nn.Linear(config.latent_dim, size)
-        self.places = nn.Embedding(config.image_tokens, size)
+        self.places = nn.Embedding(config.image_tokens, size)  # which comes next
+        if config.order == "random":
+            self.origins = nn.Embedding(config.image_tokens, size)  # which the latent is of
         self.head = DiffusionHead(config)
         self.post_init()
 
@@ -176,21 +185,37 @@ class LatentImageModel(PreTrainedModel):
         mean, std = (like.new_tensor(x).view(-1, 1, 1) for x in (self.config.latent_mean, self.config.latent_std))
         return mean, std
 
-    def forward(self, prompts: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+    def marks(self, order: Tensor, slot: Tensor) -> Tensor:
+        """What slots `[B, T]` (0: the last word, i: latent i - 1) carry beside their content, `[B, T, C]`, where the places
+        are drawn in the order `[B, L]`: which one comes next, and which it is of where that does not follow."""
+        last = order.shape[1] - 1
+        marks = self.places(order.gather(1, slot.clamp(max=last)))
+        if self.config.order == "random":
+            marks = marks + self.origins(order.gather(1, (slot - 1).clamp(0, last))) * (slot > 0)[..., None]
+        return marks
+
+    def forward(self, prompts: Tensor, lengths: Tensor, tokens: Tensor, order: Tensor | None = None) -> Tensor:
         """Conditions `[B, L, C]` of all latents, for training: prompts `[B, P]` filled at the right, their lengths `[B]`,
-        tokens `[B, L, D]`."""
+        tokens `[B, L, D]` in the order `[B, L]` of their places (None: raster)."""
         count = tokens.shape[1]
+        if order is None:
+            order = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
         place = torch.arange(prompts.shape[1] + count - 1, device=prompts.device) - (lengths[:, None] - 1)  # slot
         image = self.enter(tokens)
         image = image.gather(1, (place - 1).clamp(0, count - 1)[..., None].expand(-1, -1, image.shape[-1]))
         words = self.transformer.embed_tokens(nn.functional.pad(prompts, (0, count - 1)))
         embeds = torch.where((place > 0)[..., None], image, words)
-        at = self.places(place.clamp(0, count - 1))
+        at = self.marks(order, place.clamp(min=0))
         hidden = self.transformer(
             inputs_embeds=embeds + at * (place >= 0)[..., None], use_cache=False
         ).last_hidden_state
         slots = lengths[:, None] - 1 + torch.arange(count, device=prompts.device)
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def in_raster(tokens: Tensor, order: Tensor) -> Tensor:
+    """Tokens `[B, L, D]` that came in the order `[B, L]`, each in its place."""
+    return torch.empty_like(tokens).scatter_(1, order[..., None].expand_as(tokens), tokens)
 
 
 AutoConfig.register(LatentImageConfig.model_type, LatentImageConfig, exist_ok=True)

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 
 from polyspec import pipelines
 from polyspec.decoding.continuous import Continuous
+from polyspec.distributions import row_seeds
 from polyspec.errors import ConfigError, InputError
 from polyspec.latent_streams import draw_latents
 from polyspec.metrics import LatentStats
-from polyspec.modalities.image.continuous.model import LatentImageModel
+from polyspec.modalities.image.continuous.model import LatentImageModel, in_raster
 from polyspec.outputs import Result
 from polyspec.recipe import find_recipe
 from polyspec.verification import reflection_chain
@@ -114,9 +115,16 @@ class ContinuousPipeline:
     ) -> tuple[Tensor, LatentStats]:
         """Tokens `[B, grid², D]`."""
         target, count = self.model.latent_target(scale), self.model.config.image_tokens
-        return draw_latents(
-            self.method, self.loop, target, prompts, count, seed=seed, guidance=scale, progress=progress
+        seeds = row_seeds(seed, len(prompts), torch.device("cpu")).tolist()
+        given: list[Any] = prompts
+        shuffled = self.model.config.order == "random"
+        if shuffled:
+            orders = [torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            given = list(zip(prompts, orders, strict=True))
+        tokens, stats = draw_latents(
+            self.method, self.loop, target, given, count, seed=seeds, guidance=scale, progress=progress
         )
+        return (in_raster(tokens, target.order) if shuffled else tokens), stats
 
 
 def pictures(pixels: Tensor) -> list[Image.Image]:

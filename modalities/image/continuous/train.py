@@ -97,7 +97,7 @@ class LatentObjective:
             wanted = {"epsilon": noise, "sample": clean}.get(kind)
             if wanted is None:
                 wanted = scheduler.get_velocity(*parts).view_as(clean)
-            condition = model(batch["prompts"], batch["lengths"], self.context_of(batch["tokens"]))
+            condition = model(batch["prompts"], batch["lengths"], self.context_of(batch["tokens"]), batch["order"])
             out = model.head(scheduler.add_noise(*parts).view_as(clean), t, condition.unsqueeze(2))
             return {"loss": (out.float() - wanted).square().mean()}
 
@@ -116,9 +116,9 @@ class LatentObjective:
             parts: Any = (clean.flatten(0, 2), noise.flatten(0, 2), t.flatten())
             noisy, context = scheduler.add_noise(*parts).view_as(clean), self.context_of(batch["tokens"])
             with torch.no_grad():
-                known = target(batch["prompts"], batch["lengths"], context)
+                known = target(batch["prompts"], batch["lengths"], context, batch["order"])
                 wanted = target.head(noisy, t, known.unsqueeze(2)).float()
-            condition = model(batch["prompts"], batch["lengths"], context)
+            condition = model(batch["prompts"], batch["lengths"], context, batch["order"])
             gap = scale[step, None] * (model.head(noisy, t, condition.unsqueeze(2)).float() - wanted)
             return {"loss": gap.square().sum(-1).mean() / 2}
 
@@ -136,10 +136,14 @@ class LatentObjective:
 
 class Captioned(Dataset[dict[str, Any]]):
     """Tokens drawn from the autoencoder's `means` and `stds [N, L, D]`, with one of the picture's captions, or with none now
-    and then. They are drawn because a head cannot be sharper than the decoder needs: a draft's is then near enough."""
+    and then. They are drawn because a head cannot be sharper than the decoder needs: a draft's is then near enough. They come
+    in raster order, or where `shuffled` in a new one each time."""
 
-    def __init__(self, means: Tensor, stds: Tensor, captions: Captions, rows: list[int], null: float):
+    def __init__(
+        self, means: Tensor, stds: Tensor, captions: Captions, rows: list[int], null: float, shuffled: bool = False
+    ):
         self.means, self.stds, self.captions, self.rows, self.null = means, stds, captions, rows, null
+        self.shuffled = shuffled
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -149,12 +153,13 @@ class Captioned(Dataset[dict[str, Any]]):
         prompt = list(variants[int(torch.randint(len(variants), ()))])
         bare = bool(torch.rand(()) < self.null)
         tokens = self.means[item] + self.stds[item] * torch.randn(self.means[item].shape)
-        return {"tokens": tokens, "prompt": [prompt[0], prompt[-1]] if bare else prompt}
+        order = torch.randperm(len(tokens)) if self.shuffled else torch.arange(len(tokens))
+        return {"tokens": tokens[order], "order": order, "prompt": [prompt[0], prompt[-1]] if bare else prompt}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     prompts, lengths = pad_prompts([r["prompt"] for r in rows])
-    return {"prompts": prompts, "lengths": lengths, "tokens": torch.stack([r["tokens"] for r in rows])}
+    return {"prompts": prompts, "lengths": lengths, **{k: torch.stack([r[k] for r in rows]) for k in ("tokens", "order")}}
 
 
 def train(config: Mapping[str, Any]) -> Path:
@@ -175,7 +180,8 @@ def train(config: Mapping[str, Any]) -> Path:
         model = new_model(means, stds, {"vocab_size": len(tokenizer), **parts["sampler"], **parts[name]})
         tokens = model.to_tokens(means)
         spread = model.to_tokens(means + stds) - tokens
-        data = Captioned(tokens, spread, captions, rows.tolist(), objective.null_captions)
+        shuffled = model.config.order == "random"
+        data = Captioned(tokens, spread, captions, rows.tolist(), objective.null_captions, shuffled)
         fit(model, begin, data, collate, parts["schedules"][name], folder, device, WEIGHTS)
         tokenizer.save_pretrained(folder)
         return model

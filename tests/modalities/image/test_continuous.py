@@ -24,6 +24,7 @@ from polyspec.denoising import ContinuousTarget
 from polyspec.drafting.continuous import LatentDraftModel
 from polyspec.errors import CheckpointError, ConfigError, InputError, PolyspecError
 from polyspec.modalities.image.continuous import LatentImageModel
+from polyspec.modalities.image.continuous.model import in_raster
 from polyspec.modalities.image.continuous.pipeline import ContinuousPipeline
 from polyspec.modalities.image.sample import sample_path
 from polyspec.recipe import build, find_recipe
@@ -47,16 +48,25 @@ def test_latents_are_cut_into_tokens_and_put_together_again() -> None:
     torch.testing.assert_close(last, (latents[0, 3, :2, 2:4] - 1) / 0.5)
 
 
+def test_tokens_of_any_order_find_their_places() -> None:
+    tokens = torch.randn(2, 16, 3)
+    order = torch.stack([torch.randperm(16) for _ in range(2)])
+    drawn = tokens.gather(1, order[..., None].expand_as(tokens))
+    assert torch.equal(in_raster(drawn, order), tokens) and not torch.equal(drawn, tokens)
+
+
+@pytest.mark.parametrize("kind", ["raster", "random"])
 @torch.no_grad()
-def test_the_target_gives_the_models_conditions_whatever_was_rolled_back() -> None:
-    model = tiny_latent.model()
+def test_the_target_gives_the_models_conditions_whatever_was_rolled_back(kind: str) -> None:
+    model = tiny_latent.model(order=kind)
     prompts = [tiny_latent.tokenizer()(p + "<boi>").input_ids for p in PROMPTS]
     tokens = torch.randn(2, 16, 16)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    whole = model(ids, torch.tensor([len(p) for p in prompts]), tokens)
+    order = torch.stack([torch.randperm(16) for _ in prompts]) if kind == "random" else None
+    whole = model(ids, torch.tensor([len(p) for p in prompts]), tokens, order)
     target = model.latent_target(1.5)
     assert isinstance(target, ContinuousTarget)
-    target.prefill(prompts, 16)
+    target.prefill(prompts if order is None else list(zip(prompts, order, strict=True)), 16)
     kept = [0, 0]
     for width, keep in ((3, [1, 3]), (4, [2, 1]), (5, [5, 4])):
         slots = torch.tensor(kept)[:, None] + torch.arange(width)
@@ -79,9 +89,10 @@ def test_guidance_combines_two_streams_in_one_head_call() -> None:
     torch.testing.assert_close(guided.means(prepared, x, step), expected)
 
 
+@pytest.mark.parametrize("order", ["raster", "random"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_draws_the_same_pictures_with_the_same_seed(recipe: str) -> None:
-    made = pipe(recipe, {} if recipe == "autoregressive" else {"length": 2})
+def test_every_recipe_draws_the_same_pictures_with_the_same_seed(recipe: str, order: str) -> None:
+    made = pipe(recipe, {} if recipe == "autoregressive" else {"length": 2}, order=order)
     first, second, other = (made(PROMPTS, seed=s, guidance_scale=2.0) for s in (3, 3, 4))
     assert [o.size for o in first.outputs] == [(16, 16)] * 2
     pixels = [[np.asarray(o) for o in r.outputs] for r in (first, second, other)]
@@ -103,8 +114,9 @@ def test_a_row_of_a_plain_batch_is_the_single_run_with_its_seed() -> None:
     assert stats.head_calls == 16 * tiny_latent.STEPS and stats.target_calls == 16
 
 
-def test_a_draft_that_is_the_target_is_always_kept() -> None:
-    made = tiny_latent.target()
+@pytest.mark.parametrize("order", ["raster", "random"])
+def test_a_draft_that_is_the_target_is_always_kept(order: str) -> None:
+    made = tiny_latent.target(order=order)
     drawn = polyspec.pipeline(
         "image", target=(*made[:3], made[0]), recipe="reflection", overrides={"length": 3, "window": 1}
     )
@@ -146,6 +158,12 @@ BAD = {
         InputError,
         "denoises in 3 steps",
     ),
+    "places in another order": (
+        lambda: pipe("reflection", {"draft_model": tiny_latent.model(1, order="random"), "length": 2})("red heart"),
+        ConfigError,
+        "draw in the same order",
+    ),
+    "an order that is none": (lambda: tiny_latent.model(order="spiral"), ConfigError, "order must be raster or random"),
     "a recipe for discrete tokens": (lambda: pipe("sjd"), ConfigError, "is for discrete tokens"),
     "a discrete target": (
         lambda: polyspec.pipeline("image", target=sample_path(), recipe="reflection"),
@@ -224,7 +242,8 @@ def pictures_file(path: Path) -> Path:
     return path
 
 
-def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["raster", "random"])
+def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_path: Path, order: str) -> None:
     config = OmegaConf.load(Path(str(polyspec.conf.__file__)).with_name("train") / "image_continuous.yaml")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_size": 16, "head_layers": 1}
     config.merge_with(
@@ -233,7 +252,7 @@ def test_training_writes_a_target_that_draws_and_goes_on_where_it_stopped(tmp_pa
             "vae": {"budget": {"steps": 2, "minutes": None}, "channels": [8, 8, 8, 8], "batch": 2},
             "drawn": {"styles": ["plain"], "names": None},
             "schedules": {name: {"steps": 2, "minutes": None, "batch": 2, "seed": 0} for name in ("target", "draft")},
-            "sampler": {"denoising_steps": 3},
+            "sampler": {"denoising_steps": 3, "order": order},
             "target": small,
             "draft": small,
             "output": str(tmp_path / "out"),
