@@ -72,6 +72,7 @@ def run(config: DictConfig) -> None:
         "seed": config.seed,
         "settings": settings,
         "arguments": arguments,
+        "baseline": PLAIN,
         "results": results,
     }
     if (settings.get("quality") or {}).get("path"):

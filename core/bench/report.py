@@ -142,7 +142,8 @@ def plot_quality(report: Mapping[str, Any], path: Path) -> None:
         for label, figures in found.items():
             axis.plot(speed[label], figures[name], "o")
             axis.annotate(label, (speed[label], figures[name]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axis.set_xlabel("speed-up over transformers")
+        axis.set_xlabel(f"speed-up over {report.get('baseline', 'transformers')}")
+        axis.margins(0.15)
         axis.set_ylabel(name)
     save(figure, path)
 

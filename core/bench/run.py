@@ -191,7 +191,7 @@ def contestant(config: DictConfig, entry: Any, loaded: tuple[Any, Any]) -> Conte
         pipe = make_pipeline(OmegaConf.merge(config, {"target": None}), str(entry.name), target=loaded)  # type: ignore[arg-type]
         return Contestant(str(entry.name), pipe)
     name, overrides = (entry, {}) if isinstance(entry, str) else (entry["name"], entry.get("overrides", {}))
-    shown = ", ".join(f"{k}={v}" for k, v in overrides.items() if v is not None and "/" not in str(v))
+    shown = ", ".join(f"{k}={'null' if v is None else v}" for k, v in overrides.items() if "/" not in str(v))
     if name == "transformers":
         shown = ", ".join(k if v is None or "/" in str(v) else f"{k}={v}" for k, v in overrides.items())
         return Contestant(f"{name} {shown}".strip(), None, overrides)

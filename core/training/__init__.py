@@ -21,8 +21,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from polyspec.errors import CheckpointError, InputError
 from polyspec.pipelines import part_of
-from polyspec.training.data import Corpus, corpus_of, generate_corpus, grow_corpus, load_corpus
-from polyspec.training.features import Features, compute_features
+from polyspec.training.data import Corpus, corpus_of, generate_corpus, grow_corpus, joined, load_corpus
+from polyspec.training.features import FEATURES, Features, JoinedFeatures, compute_features, stored_features
 from polyspec.training.trainer import Schedule, train_head
 
 __all__ = [
@@ -44,10 +44,10 @@ def train(config: Mapping[str, Any]) -> Path:
     """Train what `config`, a composed `train` group, describes; returns the folder of the result.
 
     Keys: modality, target (folder, hub id, None: the modality's sample), output, device, dtype, prompts (None: the
-    modality's own), data (what its `own_data` takes, and `folder`), vocabulary (size of the trimmed one, None: all
+    modality's own), data (what its `own_data` takes, `folder`, and `also`: data folders of earlier trainings for the same
+    target, or another with the same layers, to learn from as well), vocabulary (size of the trimmed one, None: all
     tokens), start (folder of trained heads of the same sizes to go on from, or None), head, objective, schedule (things to
-    instantiate). Raises ConfigError, InputError or CheckpointError before
-    anything long starts.
+    instantiate). Raises ConfigError, InputError or CheckpointError before anything long starts.
     """
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
@@ -63,10 +63,12 @@ def train(config: Mapping[str, Any]) -> Path:
     make_folder(output)
 
     data = dict(settings["data"])
-    folder = Path(data.pop("folder", None) or output / "data")
+    folder, also = Path(data.pop("folder", None) or output / "data"), data.pop("also", None) or []
+    others = [load_corpus(place) for place in also]
     corpus = source.corpus(folder, **data)
     size = settings.get("vocabulary")
-    vocabulary = corpus.frequent(size, target.vocab_size) if size and size < target.vocab_size else None
+    trimmed = bool(size) and size < target.vocab_size
+    vocabulary = joined([corpus, *others]).frequent(size, target.vocab_size) if trimmed else None
     head = instantiate(settings["head"])(target, vocabulary=vocabulary)
     if start := settings.get("start"):  # trained weights, with the vocabulary they predict
         begin_from(start, head)
@@ -74,16 +76,18 @@ def train(config: Mapping[str, Any]) -> Path:
     depth = target.config.num_hidden_layers
     read = list(getattr(head.config, "target_layers", None) or ())
     layers = [*read, depth] if objective.last_hidden else read
+    parts = [stored_features(place, layers, target.config.hidden_size) for place in also]
     features = compute_features(
         target,
         corpus,
         layers,
-        folder / "features",
+        folder / FEATURES,
         batch=settings.get("feature_batch", 8),
         inputs=getattr(source, "inputs", None),
     )
     target.hidden_layers = ()
-    train_head(head, target, corpus, features, objective, schedule, output)
+    whole = JoinedFeatures([features, *parts])
+    train_head(head, target, whole.corpus, whole, objective, schedule, output)
     if not read and tokenizer is not None:  # a model of its own, to be loaded as any other
         tokenizer.save_pretrained(output)
     return output

@@ -61,6 +61,11 @@ def corpus_of(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> Corpus:
     return Corpus(tokens, np.cumsum(lengths), np.asarray(prompts, dtype=np.int64))
 
 
+def joined(parts: Sequence[Corpus]) -> Corpus:
+    """All rows of several corpora, one behind the other."""
+    return join([{"tokens": c.tokens, "lengths": np.diff(c.starts), "prompts": c.prompts} for c in parts])
+
+
 def generate_corpus(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

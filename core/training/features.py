@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 
 from polyspec.errors import CheckpointError
 from polyspec.target import Target
-from polyspec.training.data import Corpus
+from polyspec.training.data import Corpus, joined, load_corpus
+
+FEATURES = "features"  # folder inside the corpus's
 
 
 class Features:
@@ -35,6 +37,30 @@ class Features:
         """One bfloat16 tensor `[T-1, d]` a layer."""
         start, end = self.corpus.starts[index], self.corpus.starts[index + 1] - 1
         return tuple(torch.from_numpy(np.array(m[start:end])).view(torch.bfloat16) for m in self.maps)
+
+
+class JoinedFeatures:
+    """The features of several corpora as those of one with all their rows, one corpus behind the other."""
+
+    def __init__(self, parts: Sequence[Features]):
+        self.parts, self.starts = parts, np.cumsum([0, *(len(p.corpus) for p in parts)])
+        self.corpus = joined([p.corpus for p in parts])
+
+    def row(self, index: int) -> tuple[Tensor, ...]:
+        """One bfloat16 tensor `[T-1, d]` a layer."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part].row(index - int(self.starts[part]))
+
+
+def stored_features(folder: str | Path, layers: Sequence[int], width: int) -> Features:
+    """What an earlier training left in `folder`, a corpus with its features. Raises CheckpointError if any are missing."""
+    folder = Path(folder)
+    corpus = load_corpus(folder)
+    if lacking := [n for n in layers if progress_of(folder / FEATURES, n, corpus, width) < len(corpus)]:
+        raise CheckpointError(
+            f"{folder} lacks the hidden states of layers {lacking}; train heads with train.data.folder={folder} first"
+        )
+    return Features(folder / FEATURES, layers, width, corpus)
 
 
 def layer_file(folder: Path, layer: int) -> Path:

@@ -28,7 +28,7 @@ from polyspec.errors import ConfigError
 from polyspec.pipelines import load
 from polyspec.target import Target
 from polyspec.training.data import Corpus
-from polyspec.training.features import Features
+from polyspec.training.features import Features, JoinedFeatures
 from polyspec.training.objectives import Objective
 
 ENDLESS = 10**9  # steps, where the clock decides
@@ -72,7 +72,7 @@ class Schedule:
 class Rows(Dataset[dict[str, Any]]):
     """The corpus, row by row, with the target's hidden states."""
 
-    def __init__(self, corpus: Corpus, features: Features):
+    def __init__(self, corpus: Corpus, features: Features | JoinedFeatures):
         self.corpus, self.features = corpus, features
         # a row needs a generated token with another behind it
         self.index = [i for i in range(len(corpus)) if corpus.starts[i + 1] - corpus.starts[i] - corpus.prompts[i] >= 2]
@@ -180,7 +180,7 @@ def train_head(
     model: PreTrainedModel,
     target: Target,
     corpus: Corpus,
-    features: Features,
+    features: Features | JoinedFeatures,
     objective: Objective,
     schedule: Schedule,
     output: str | Path,

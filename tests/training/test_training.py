@@ -33,6 +33,7 @@ from polyspec.training import (
     train_head,
 )
 from polyspec.training.draft_model import tiny_llama
+from polyspec.training.features import Features, JoinedFeatures
 from polyspec.training.objectives import (
     DFlashObjective,
     DistilObjective,
@@ -258,6 +259,20 @@ def test_a_trimmed_vocabulary_holds_the_most_frequent_generated_tokens() -> None
     assert corpus.frequent(5, vocab_size=20).tolist() == [0, 1, 3, 5, 8]
 
 
+def test_rows_of_joined_data_keep_their_hidden_states(tmp_path: Path) -> None:
+    parts = []
+    for name, rows in (("a", [[1, 2, 3], [4, 5]]), ("b", [[6, 7, 8, 9]])):
+        corpus = corpus_of(rows, [1] * len(rows))
+        data = np.stack([corpus.tokens, corpus.tokens], axis=1).astype(np.int16)
+        (tmp_path / name).mkdir()
+        data.tofile(tmp_path / name / "layer-01.bin")
+        parts.append(Features(tmp_path / name, [1], 2, corpus))
+    whole = JoinedFeatures(parts)
+    assert [whole.corpus.row(i).tolist() for i in range(3)] == [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    for i in range(3):
+        assert whole.row(i)[0][:, 0].view(torch.int16).tolist() == whole.corpus.row(i)[:-1].tolist()
+
+
 def test_stored_hidden_states_are_those_of_the_plain_model(tmp_path: Path) -> None:
     tgt, corpus = make_target(target("llama")), greedy_text()
     grown_later = Corpus(corpus.tokens[: corpus.starts[3]], corpus.starts[:4], corpus.prompts[:3])
@@ -329,6 +344,10 @@ def test_the_whole_way_from_a_configuration(tmp_path: Path) -> None:
         train({**settings, "output": str(tmp_path / "none"), "start": str(tmp_path / "state")})
     with pytest.raises(polyspec.ConfigError, match="modality"):
         train({**settings, "modality": "music"})
+    both = {**settings["data"], "seed": 7, "also": [str(tmp_path / "block" / "data")]}
+    train({**settings, "output": str(tmp_path / "both"), "data": both})
+    with pytest.raises(polyspec.CheckpointError, match="lacks the hidden states of layers"):
+        train({**settings, "output": str(tmp_path / "lack"), "data": {**both, "also": [str(tmp_path / "heads" / "data")]}})
     with pytest.raises(polyspec.CheckpointError, match="no head for image tokens"):
         train({**settings, "modality": "image"})
     with pytest.raises(polyspec.CheckpointError):
