@@ -17,6 +17,7 @@ from polyspec.metrics import DecodingStats
 
 if TYPE_CHECKING:
     from polyspec.drafting.base import Context
+    from polyspec.target import Target
 
 
 class LengthPolicy(Protocol):
@@ -138,7 +139,9 @@ class Thompson(Fixed):
                 self.rejected += gain - 1 < proposed
 
 
-NOMINAL_CALL = 0.015  # what one more token adds to a target call, in calls of one token
+NOMINAL_TOKEN = 0.015  # what one more token adds to a target call, in calls of one token
+# the same on a CPU, of a large model; of one with so many parameters half, as half of its time goes into other things
+CPU_TOKEN, CPU_SIZE = 0.05, 10_000_000
 NOMINAL_DRAFT = 0.03  # what a drafter's call costs beside its share of parameters
 PRIOR, PRIOR_DRAFTS = 0.7, 3  # the acceptance rate that so many drafts are taken to have had before any was seen
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 256.0  # rounds without a draft between two tries, while drafting does not pay
@@ -203,7 +206,7 @@ class Auto(Fixed):
     other, their target calls tell how far the ratio of the costs was out.
 
     Where the output depends on how rounds are cut and a seed was given, so that it has to come out the same again, costs
-    are nominal (`NOMINAL_CALL`; for each of the drafter's calls, which are counted as it runs, one a token, one a block, or
+    are nominal (`nominal_token`; for each of the drafter's calls, which are counted as it runs, one a token, one a block, or
     none, its share of parameters and `NOMINAL_DRAFT`) and nothing is carried over from earlier runs.
     """
 
@@ -228,7 +231,6 @@ class Auto(Fixed):
         if self.nominal:
             fresh = Auto(self.length, self.decay)
             self.__dict__.update({name: value for name, value in vars(fresh).items() if isinstance(value, list | Line)})
-            self.costs = [(1, 1.0), (1001, 1 + 1000 * NOMINAL_CALL)]
         else:  # what earlier runs taught is a start, worth ten rounds
             trust = min(1.0, 10 / max(self.draft.sums[0], 1e-9))
             for learnt in (self.kept, self.tried, self.draft.sums, self.verified.sums):
@@ -258,7 +260,7 @@ class Auto(Fixed):
 
     def choose(self) -> int:
         if self.costs is None:
-            self.costs = sorted(call_costs(self.context, self.length + 1).items())
+            self.costs = self.find_costs()
         plain, one = self.check_cost(1), 0.0
         best, rate, tokens, path = 0, 1 / plain, 1.0, 1.0
         self.trying = False
@@ -287,6 +289,12 @@ class Auto(Fixed):
         self.wait[0] = min(max(2 * self.wait[0], (one / plain - 1) / TRIES), LONGEST_WAIT)
         self.pause, self.trying = int(self.wait[0]), True
         return 1
+
+    def find_costs(self) -> list[tuple[int, float]]:
+        """Costs of target calls by number of tokens."""
+        if self.nominal:
+            return [(1, 1.0), (1001, 1 + 1000 * nominal_token(self.context.target))]
+        return sorted(call_costs(self.context, self.length + 1).items())
 
     def undecided(self, cost: float) -> bool:
         """Whether a draft of one token, `cost` with its check, may pay yet: few rows have tried one, and it would pay if
@@ -380,6 +388,17 @@ class Auto(Fixed):
             self.kept[position] += sum(a > position for a in accepted) / len(accepted)
             if not there:
                 break
+
+
+def nominal_token(target: Target) -> float:
+    """What one more token in every row is taken to add to a call of one token a row, in such calls: its arithmetic beside
+    reading the weights, which all rows share."""
+    token = NOMINAL_TOKEN
+    if target.device.type == "cpu":
+        size = target.model.num_parameters()
+        token = CPU_TOKEN * size / (size + CPU_SIZE)
+    rows = len(target.cache_lengths)
+    return token * rows / (1 + token * (rows - 1))
 
 
 def fade(sums: list[float], by: float) -> None:

@@ -29,13 +29,18 @@ def rounds(
     fixed_rounds: bool = False,
     calls: Any = lambda proposed: proposed,
     share: float = 0.07,
+    device: str = "cuda",
+    size: int = 10**9,
+    rows: int = 1,
     monkeypatch: pytest.MonkeyPatch | None = None,
 ) -> list[int]:
     """Lengths chosen over `count` rounds, where `kept(proposed)` drafts are kept, a target call on n tokens costs
     `1 + call * (n - 1)` seconds, verifying a token `verify` and drafting one `draft` seconds, in `calls(proposed)` calls of
-    a drafter with `share` of the target's parameters."""
+    a drafter with `share` of the target's parameters. Nominal costs are those of `device` and `rows` rows, of a target of
+    `size` parameters."""
     stats = DecodingStats(draft_ratio=share)
-    host = SimpleNamespace(device=torch.device("cpu"))
+    model, place = SimpleNamespace(num_parameters=lambda: size), torch.device(device if fixed_rounds else "cpu")
+    host = SimpleNamespace(device=place, model=model, cache_lengths=[0] * rows)
     context = SimpleNamespace(stats=stats, draws=SimpleNamespace(fixed_rounds=fixed_rounds), target=host)
     if monkeypatch is not None:
         found = {n: 1 + call * (n - 1) for n in costs.SIZES}
@@ -102,6 +107,20 @@ def test_auto_counts_a_drafters_calls_where_it_must_not_time_them() -> None:
 
         means.append(np.mean(rounds(Auto(16, decay=1.0), half, 1200, fixed_rounds=True, calls=calls)[600:]))
     assert 1.5 < means[0] < 2.5 < 3.5 < means[1] < 6.5
+
+
+def test_nominal_costs_are_those_of_the_device_the_model_and_the_batch() -> None:
+    """Half of the drafts are right, a block a call: an accelerator and a small model have tokens to spare, a large model on a
+    CPU has fewer, and a large batch of it none."""
+
+    def mean(**knobs: Any) -> float:
+        coin = np.random.default_rng(0)
+        kept = lambda proposed: min(proposed, int(coin.geometric(0.5)) - 1)  # noqa: E731
+        return float(np.mean(rounds(Auto(16), kept, 600, fixed_rounds=True, calls=lambda n: int(n > 0), **knobs)[100:]))
+
+    assert mean() > mean(device="cpu") + 0.5
+    assert mean(device="cpu", size=10**6) > mean(device="cpu") + 0.5
+    assert mean(device="cpu") > 1.5 > 0.1 > mean(device="cpu", rows=64)
 
 
 def test_auto_gives_up_a_good_drafter_that_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
