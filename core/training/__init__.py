@@ -66,8 +66,8 @@ def train(config: Mapping[str, Any]) -> Path:
     folder, also = Path(data.pop("folder", None) or output / "data"), data.pop("also", None) or []
     others = [load_corpus(place) for place in also]
     corpus = source.corpus(folder, **data)
-    size = settings.get("vocabulary")
-    trimmed = bool(size) and size < target.vocab_size
+    size = settings.get("vocabulary") or target.vocab_size
+    trimmed = size < target.vocab_size
     vocabulary = joined([corpus, *others]).frequent(size, target.vocab_size) if trimmed else None
     head = instantiate(settings["head"])(target, vocabulary=vocabulary)
     if start := settings.get("start"):  # trained weights, with the vocabulary they predict
