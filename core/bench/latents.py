@@ -56,7 +56,8 @@ def run(config: DictConfig) -> None:
             rounds = [batches[0], *(batches * settings["repeats"])]
             job = bar.add_task(f"batch {size}", total=len(rounds) * len(contestants))
             for number, batch in enumerate(rounds):
-                for c in contestants:
+                turn = number % len(contestants)  # nobody always runs behind the same one
+                for c in [*contestants[turn:], *contestants[:turn]]:
                     seconds, stats, _ = measure(c, evaluate, plain, batch, arguments, config.seed + number)
                     if number > 0:  # the first batch warms up
                         c.seconds.append(seconds)

@@ -1,9 +1,9 @@
 """Sampling by any exact recipe draws from the model's own distribution, end to end through loop and cache.
 
 A model with five tokens generates four; the distribution over all sequences is enumerated by plain forward
-passes, transformers' own processors and nothing of this package. Every recipe that is declared exact draws 100,000
-sequences in large batches; a G-test compares the counts of all prefixes. Then rules and loops that are wrong on purpose
-have to fail the same test.
+passes, transformers' own processors and nothing of this package. Every recipe that is declared exact draws 40,000
+sequences in large batches, in the slow tests 100,000 in every variant and a million in one; a G-test compares the counts
+of all prefixes. Then rules and loops that are wrong on purpose have to fail the same test.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ PROMPTS = ((1, 2, 3), (3, 1, 2, 2, 0, 1))
 NEGATIVE = (2, 0)
 THRESHOLD = 1e-6
 BATCH = 5_000
-SAMPLES = 100_000  # for every recipe
-FEWER = 40_000  # for what is shared by several of them
+SAMPLES = 100_000  # for every recipe, in every variant
+FEWER = 40_000  # where minutes count
 NOISE = 0.35  # how far drafters are from the target: about half of the drafts are kept
 SMALL = {"length": 3, "window": 3, "candidates": 2, "nodes": 6}  # drafts no longer than what is generated
 EXACT = text_recipes()
@@ -185,7 +185,7 @@ def partly_accepted(fast: polyspec.CustomGenerate) -> bool:
 @by_name(EXACT)
 def test_sampled_sequences_have_the_models_distribution(recipe: Recipe) -> None:
     fast = made(recipe)
-    assert p_value(fast, "sampled") > THRESHOLD
+    assert p_value(fast, "sampled", FEWER) > THRESHOLD
     assert partly_accepted(fast), f"{recipe.name} accepts {fast.stats.acceptance_rate:.0%} of its drafts here"
 
 
