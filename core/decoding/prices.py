@@ -39,9 +39,8 @@ def prices_of(loop: Any, context: LatentContext, drafter: Any) -> Prices:
     key = key_of(loop, context, drafter)
     if key not in KNOWN:
         stored = read()
-        complete = key in stored and "kept" in stored[key]
-        KNOWN[key] = given_prices(stored[key]) if complete else measure(loop, context, drafter)
-        if not complete:
+        KNOWN[key] = given_prices(stored[key]) if key in stored else measure(loop, context, drafter)
+        if key not in stored:
             write(stored | {key: asdict(KNOWN[key])})
     return KNOWN[key]
 

@@ -76,7 +76,8 @@ def train(config: Mapping[str, Any]) -> Path:
     depth = target.config.num_hidden_layers
     read = list(getattr(head.config, "target_layers", None) or ())
     layers = [*read, depth] if objective.last_hidden else read
-    parts = [stored_features(place, layers, target.config.hidden_size) for place in also]
+    width = target.config.hidden_size
+    parts = [stored_features(place, c, layers, width) for place, c in zip(also, others, strict=True)]
     features = compute_features(
         target,
         corpus,

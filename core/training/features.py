@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from polyspec.errors import CheckpointError
 from polyspec.target import Target
-from polyspec.training.data import Corpus, joined, load_corpus
+from polyspec.training.data import Corpus, joined
 
 FEATURES = "features"  # folder inside the corpus's
 
@@ -52,10 +52,9 @@ class JoinedFeatures:
         return self.parts[part].row(index - int(self.starts[part]))
 
 
-def stored_features(folder: str | Path, layers: Sequence[int], width: int) -> Features:
-    """What an earlier training left in `folder`, a corpus with its features. Raises CheckpointError if any are missing."""
+def stored_features(folder: str | Path, corpus: Corpus, layers: Sequence[int], width: int) -> Features:
+    """What an earlier training left of `corpus`, which was read from `folder`. Raises CheckpointError if any are missing."""
     folder = Path(folder)
-    corpus = load_corpus(folder)
     if lacking := [n for n in layers if progress_of(folder / FEATURES, n, corpus, width) < len(corpus)]:
         raise CheckpointError(
             f"{folder} lacks the hidden states of layers {lacking}; train heads with train.data.folder={folder} first"
